@@ -1,0 +1,158 @@
+"""Compile kernels for any GPU, on a machine that has none, through the very launch code that a GPU would run.
+
+    with compile_only(90) as launches:
+        matmul(x, packed, ...)                    # meta tensors will do: nothing runs
+    launches[0].sass.loop_instructions
+
+A stand-in for Triton's driver reports the wanted compute capability and records each launch. So what is compiled has the
+constants, the alignments and the options of the real call. `cuobjdump` and `nvdisasm`, which come with Triton, do the rest.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver as active_driver
+
+# Shared memory that one block may have, in bytes, by compute capability (CUDA programming guide, technical
+# specifications); these are also the capabilities that kernels are compiled and checked for.
+SHARED_MEMORY_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sass:
+    """What the machine code of a kernel tells."""
+
+    registers: int  # per thread
+    stack_bytes: int  # per thread; above 0 means spills or a local array
+    instructions: int
+    loop_instructions: int  # of the main loop: the longest backward branch
+    opcodes: collections.Counter[str]  # of the whole kernel, by stem: "HGMMA", "LOP3", "STS", ...
+    loop_opcodes: collections.Counter[str]
+
+
+@dataclasses.dataclass
+class Launch:
+    """One launch that would have happened."""
+
+    name: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    shared_bytes: int  # per block
+    ptx: str
+    cubin: bytes
+
+    @functools.cached_property
+    def sass(self) -> Sass:
+        return disassemble(self.cubin)
+
+
+class _Driver:
+    """The few parts of a Triton driver that a launch touches."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+        self.launches: list[Launch] = []
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton caches compiled kernels by device: one per capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY_BYTES[device]}
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return 1, 1, 0, 0, 1024
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any) -> None:
+            compiled = next(
+                kernel
+                for kernel in src.fn.device_caches[self.capability][0].values()
+                if kernel.metadata.hash == metadata.hash
+            )
+            active_driver.active.launches.append(
+                Launch(
+                    name=metadata.name,
+                    grid=(grid_x, grid_y, grid_z),
+                    num_warps=metadata.num_warps,
+                    shared_bytes=metadata.shared,
+                    ptx=compiled.asm["ptx"],
+                    cubin=compiled.asm["cubin"],
+                )
+            )
+
+        return launch
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[list[Launch]]:
+    """Inside, Triton launches compile for `capability` (a key of SHARED_MEMORY_BYTES) and are recorded, not run."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("compile_only needs compiled kernels: start Python without TRITON_INTERPRET=1")
+    driver = _Driver(capability)
+    active_driver.set_active(driver)
+    try:
+        yield driver.launches
+    finally:
+        active_driver.set_active(None)  # found again when next asked for
+
+
+def disassemble(cubin: bytes) -> Sass:
+    """Counts from a cubin's resource usage and disassembly."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "-res-usage", path)
+        listing = _run("nvdisasm", "-c", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if not found:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
+
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    start, stop = 0, 0
+    for at, text in enumerate(code):
+        jump = re.search(r"BRA.*?`\((\.L_\w+)\)", text)
+        if jump and labels.get(jump[1], at + 1) <= at and at + 1 - labels[jump[1]] > stop - start:
+            start, stop = labels[jump[1]], at + 1
+    return Sass(
+        registers=int(found[1]),
+        stack_bytes=int(found[2]),
+        instructions=len(code),
+        loop_instructions=stop - start,
+        opcodes=_stems(code),
+        loop_opcodes=_stems(code[start:stop]),
+    )
+
+
+def _stems(code: list[str]) -> collections.Counter[str]:
+    return collections.Counter(re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in code)
+
+
+def _run(tool: str, *args: object) -> str:
+    path = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    done = subprocess.run([path, *map(str, args)], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr

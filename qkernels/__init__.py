@@ -1,0 +1,28 @@
+"""Blockwise affine quantization and fused dequantize-matmul: Triton kernels as torch ops, with a plain-torch oracle.
+
+    q = qkernels.quantize(w, "w4g128")     # QTensor: packed codes, scales, zeros
+    y = F.linear(x, q)                     # runs on the packed codes, CPU or GPU
+    report = qkernels.quantize_model(model, "w4g128")
+"""
+
+from qkernels.formats.native import FormatError
+from qkernels.model import QuantizationReport, load, quantize_model, save
+from qkernels.nn import QuantLinear
+from qkernels.ops import matmul
+from qkernels.scheme import Scheme
+from qkernels.tensor import QTensor, QuantizationError, quantize
+
+__all__ = [
+    "FormatError",
+    "QTensor",
+    "QuantLinear",
+    "QuantizationError",
+    "QuantizationReport",
+    "Scheme",
+    "load",
+    "matmul",
+    "quantize",
+    "quantize_model",
+    "save",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,190 @@
+"""The native file: safetensors, with the schemes in its metadata. Nothing in it is ever executed or unpickled.
+
+A quantized weight called NAME is stored as the tensors NAME (packed, int32), NAME_scale and, unless its scheme is
+symmetric, NAME_zero: the names that QuantLinear gives its parameters. Everything else is stored as it is. Metadata:
+
+    "format"            "pt"
+    "qkernels_version"  "1"
+    "qkernels"          JSON: {"weights": {NAME: {"scheme": "w4g128", "shape": [N, K]}}, "aliases": {NAME: OTHER NAME}}
+
+Aliases are tensors that share memory, such as an output layer tied to the embedding; they are stored once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels.scheme import Scheme
+from qkernels.tensor import QTensor
+
+VERSION = "1"
+Path = str | os.PathLike[str]
+
+
+class FormatError(ValueError):
+    """A file is not what it should be; the message names the file and the tensor or field."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
+    """Write tensors to a file, which appears whole or not at all.
+
+    Raises:
+        ValueError: two tensors would get the same name in the file.
+        OSError: the file cannot be written; what was there before is still there.
+    """
+    from safetensors.torch import save_file
+
+    stored: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+
+    def store(name: str, tensor: Tensor) -> None:
+        if name in stored or name in aliases:
+            raise ValueError(f"two tensors would be stored as {name!r}")
+        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and memory in seen:
+            aliases[name] = seen[memory]
+        else:
+            seen[memory] = name
+            # clone: safetensors refuses tensors that overlap in memory, such as slices of one buffer
+            whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+            stored[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QTensor):
+            weights[name] = {"scheme": str(tensor.scheme), "shape": list(tensor.shape)}
+            for suffix, part in zip(("", "_scale", "_zero"), tensor.tensors, strict=False):
+                store(name + suffix, part)
+        else:
+            store(name, tensor)
+
+    metadata = {
+        "format": "pt",
+        "qkernels_version": VERSION,
+        "qkernels": json.dumps({"weights": weights, "aliases": aliases}),
+    }
+    path = pathlib.Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(stored, temporary, metadata)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | QTensor]:
+    """Everything in a native file, quantized weights as QTensors.
+
+    Raises:
+        FormatError: the file is not a native file, is damaged, or a tensor in it does not agree with its scheme.
+        OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb"):  # OSError rather than a message of safetensors'
+        pass
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            names = set(file.keys())
+            weights, aliases = _read_header(path, file.metadata(), names)
+            tensors: dict[str, Tensor | QTensor] = {}
+            for name, (scheme, shape) in weights.items():
+                tensors[name] = _read_weight(path, file, name, scheme, shape)
+                names -= {name, f"{name}_scale", f"{name}_zero"}
+            for name in sorted(names):
+                tensors[name] = file.get_tensor(name)
+    except SafetensorError as error:
+        raise FormatError(f"{path}: not a whole safetensors file: {error}") from None
+    for name, target in aliases.items():
+        tensors[name] = tensors[target]
+    return tensors
+
+
+def _read_header(
+    path: Path, metadata: dict[str, str] | None, names: set[str]
+) -> tuple[dict[str, tuple[Scheme, tuple[int, int]]], dict[str, str]]:
+    """Schemes and shapes of the quantized weights, and aliases, each checked against the tensors that are there."""
+    if not metadata or "qkernels" not in metadata:
+        raise FormatError(f"{path}: not a qkernels file: its metadata has no 'qkernels' entry")
+    if metadata.get("qkernels_version") != VERSION:
+        found = metadata.get("qkernels_version")
+        raise FormatError(f"{path}: qkernels_version must be {VERSION!r}, got {found!r}")
+    try:
+        header = json.loads(metadata["qkernels"])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: metadata 'qkernels' is not JSON: {error}") from None
+    if not isinstance(header, dict) or set(header) != {"weights", "aliases"}:
+        raise FormatError(f"{path}: metadata 'qkernels' must hold 'weights' and 'aliases'")
+    if not isinstance(header["weights"], dict) or not isinstance(header["aliases"], dict):
+        raise FormatError(f"{path}: 'weights' and 'aliases' must be objects")
+
+    weights: dict[str, tuple[Scheme, tuple[int, int]]] = {}
+    claimed: set[str] = set()
+    for name, entry in header["weights"].items():
+        scheme, shape = _read_entry(path, name, entry)
+        parts = {name, f"{name}_scale"} | ({f"{name}_zero"} if scheme.zero_dtype is not None else set())
+        if missing := parts - names:
+            raise FormatError(f"{path}: {name}: the file has no tensor {min(missing)!r}")
+        if scheme.zero_dtype is None and f"{name}_zero" in names:
+            raise FormatError(f"{path}: {name}: a {scheme} weight has no zeros, but the file has {name}_zero")
+        if shared := parts & claimed:
+            raise FormatError(f"{path}: {min(shared)} belongs to two weights")
+        claimed |= parts
+        weights[name] = scheme, shape
+    for name, target in header["aliases"].items():
+        if name in names or target not in (names - claimed) | set(weights):
+            raise FormatError(f"{path}: alias {name!r} must be a new name for a tensor in the file, got {target!r}")
+    return weights, header["aliases"]
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[Scheme, tuple[int, int]]:
+    if not isinstance(entry, dict) or set(entry) != {"scheme", "shape"}:
+        raise FormatError(f"{path}: {name}: metadata must hold 'scheme' and 'shape', got {entry!r:.100}")
+    try:
+        scheme = Scheme.parse(entry["scheme"])
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: {name}: {error}") from None
+    shape = entry["shape"]
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(size) is int and 0 <= size < 2**28 for size in shape)
+    ):
+        raise FormatError(f"{path}: {name}: shape must be two sizes from 0 to 2**28 - 1, got {shape!r:.100}")
+    return scheme, (shape[0], shape[1])
+
+
+def _read_weight(path: Path, file: Any, name: str, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+    packed, scale = file.get_tensor(name), file.get_tensor(f"{name}_scale")
+    zero = None if scheme.zero_dtype is None else file.get_tensor(f"{name}_zero")
+    try:
+        weight = QTensor(packed, scale, zero, scheme, shape[1])
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: {name}: {error}") from None
+    if weight.shape != shape:
+        raise FormatError(f"{path}: {name}: metadata says {shape[0]} rows, the packed tensor has {weight.shape[0]}")
+    if not torch.isfinite(scale).all():
+        raise FormatError(f"{path}: {name}_scale holds NaN or infinity")
+    if scheme.value_map == "offset" and not torch.isfinite(zero).all():
+        raise FormatError(f"{path}: {name}_zero holds NaN or infinity")
+    if scheme.value_map == "affine" and zero.numel() and (largest := int(zero.max())) > scheme.code_max:
+        raise FormatError(f"{path}: {name}_zero holds {largest}, but zeros of {scheme} are at most {scheme.code_max}")
+    return weight
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

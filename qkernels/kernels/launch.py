@@ -1,0 +1,24 @@
+"""What every launch needs to know about where it runs."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+
+@functools.cache
+def has_ptx() -> bool:
+    """Whether kernels are compiled for NVIDIA GPUs, so that inline PTX can be used."""
+    return not triton.knobs.runtime.interpret and torch.version.hip is None
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU current: Triton launches on the current device and its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def group_strides(scale: Tensor) -> tuple[int, int]:
+    """(group stride, row stride) of scales in elements; a scale that all rows share has row stride 0."""
+    return scale.stride(0), scale.stride(1) if scale.shape[1] > 1 else 0

@@ -1,0 +1,160 @@
+"""What was chosen: how many bits, which weights share a scale, and how a code becomes a weight.
+
+Two value maps cover every blockwise affine format:
+
+    symmetric, affine    w = scale * (code - zero)      zero is an integer; for symmetric it is 2**(bits - 1)
+    offset               w = scale * code + offset      offset is a float
+
+A scheme is written as a short string, which is also what files and ops carry:
+
+    w4g128        4 bits, groups of 128 along K, affine with an integer zero
+    w8cs          8 bits, one scale per output channel (row of the weight), symmetric (absmax)
+    w8ts          8 bits, one scale for the whole tensor, symmetric
+    w3g64f        3 bits, groups of 64, affine with a float offset
+    w4g128-bf16   scales stored in bfloat16 instead of float16
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Literal
+
+import torch
+
+ValueMap = Literal["symmetric", "affine", "offset"]
+GroupSize = int | Literal["channel", "tensor"]
+
+# One step of a 16-bit tensor-core product covers 16 values of k, so a group is a whole number of them.
+GROUP_MULTIPLE = 16
+
+_MAP_SUFFIX: dict[ValueMap, str] = {"affine": "", "symmetric": "s", "offset": "f"}
+_DTYPE_SUFFIX = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_PATTERN = re.compile(r"w(?P<bits>[0-9]+)(?:(?P<unit>[ct])|g(?P<group>[0-9]+))(?P<map>[sf]?)(?:-(?P<dtype>fp16|bf16|fp32))?")
+
+ACCEPTED = (
+    "'w<bits 1..8>', then 't' (one scale per tensor), 'c' (per output channel) or 'g<size>' (per group of <size> "
+    f"along K, a multiple of {GROUP_MULTIPLE}), then nothing (affine, integer zero), 's' (symmetric absmax, bits 2..8) "
+    "or 'f' (affine, float offset), then nothing or '-fp16', '-bf16', '-fp32' (dtype of the scales, default fp16); "
+    "for example 'w4g128', 'w8cs', 'w3g64f', 'w4g128-bf16'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How weights are quantized; hashable, and equal when every field is equal.
+
+    Args:
+        bits: bits per code, 1 to 8.
+        group_size: how many consecutive weights along K share a scale (a multiple of 16; the last group of a row may
+            be shorter), or "channel" for one scale per row, or "tensor" for one scale in all.
+        value_map: "affine" (integer zero), "symmetric" (absmax, no stored zero) or "offset" (float offset).
+        scale_dtype: storage dtype of scales and offsets: torch.float16, torch.bfloat16 or torch.float32.
+
+    Raises:
+        TypeError, ValueError: a field is not one of the above; the message lists what is accepted.
+    """
+
+    bits: int
+    group_size: GroupSize
+    value_map: ValueMap = "affine"
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool):
+            raise TypeError(f"bits must be an int from 1 to 8, got {self.bits!r}")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be from 1 to 8, got {self.bits}")
+        if self.value_map not in _MAP_SUFFIX:
+            raise ValueError(f"value_map must be one of {', '.join(map(repr, _MAP_SUFFIX))}, got {self.value_map!r}")
+        if self.value_map == "symmetric" and self.bits == 1:
+            raise ValueError(
+                "a symmetric scheme needs bits from 2 to 8: one bit has no level on both sides of zero; "
+                "'f' (float offset) gives two levels per group"
+            )
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, (int, str)):
+            raise TypeError(f"group_size must be an int, 'channel' or 'tensor', got {self.group_size!r}")
+        if isinstance(self.group_size, str):
+            if self.group_size not in ("channel", "tensor"):
+                raise ValueError(f"group_size must be an int, 'channel' or 'tensor', got {self.group_size!r}")
+        elif self.group_size < GROUP_MULTIPLE or self.group_size % GROUP_MULTIPLE:
+            raise ValueError(f"group_size must be a positive multiple of {GROUP_MULTIPLE}, got {self.group_size}")
+        if self.scale_dtype not in _DTYPE_SUFFIX:
+            raise ValueError(
+                f"scale_dtype must be one of {', '.join(map(str, _DTYPE_SUFFIX))}, got {self.scale_dtype!r}"
+            )
+
+    @staticmethod
+    def parse(text: str) -> Scheme:
+        """Read a scheme string; `str(scheme)` writes it back.
+
+        >>> Scheme.parse("w4g128")
+        Scheme(bits=4, group_size=128, value_map='affine', scale_dtype=torch.float16)
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"a scheme string is a str, got {type(text).__name__}; accepted: {ACCEPTED}")
+        return _parse(text)
+
+    def __str__(self) -> str:
+        group = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size[0]
+        dtype = "" if self.scale_dtype is torch.float16 else f"-{_DTYPE_SUFFIX[self.scale_dtype]}"
+        return f"w{self.bits}{group}{_MAP_SUFFIX[self.value_map]}{dtype}"
+
+    # What follows from the fields; no other module works these out for itself.
+
+    @property
+    def code_min(self) -> int:
+        """Lowest code that quantizing produces. Symmetric leaves code 0 unused, so that +absmax and -absmax both fit."""
+        return 1 if self.value_map == "symmetric" else 0
+
+    @property
+    def code_max(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def center(self) -> int:
+        """The code in the middle, 2**(bits - 1): the zero of a symmetric scheme."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def zero_dtype(self) -> torch.dtype | None:
+        """Storage dtype of the tensor that goes with the scales: integer zeros, float offsets, or none (symmetric)."""
+        return {"symmetric": None, "affine": torch.uint8, "offset": self.scale_dtype}[self.value_map]
+
+    def group_length(self, in_features: int) -> int:
+        """Weights along K that share a scale: group_size, or all of K for "channel" and "tensor"."""
+        return self.group_size if isinstance(self.group_size, int) else in_features
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """(groups along K, N); (1, 1) per tensor. K = 0 has no groups.
+
+        Groups come first, so that the scales of neighbouring rows lie side by side for a kernel's tile of rows.
+        """
+        if in_features == 0:
+            return 0, 1 if self.group_size == "tensor" else out_features
+        if self.group_size == "tensor":
+            return 1, 1
+        return -(-in_features // self.group_length(in_features)), out_features
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str) -> Scheme:
+    match = _PATTERN.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not a scheme; accepted: {ACCEPTED}")
+    units: dict[str, GroupSize] = {"c": "channel", "t": "tensor"}
+    try:
+        return Scheme(
+            bits=int(match["bits"]),
+            group_size=units[match["unit"]] if match["unit"] else int(match["group"]),
+            value_map=next(value_map for value_map, suffix in _MAP_SUFFIX.items() if suffix == match["map"]),
+            scale_dtype=next((d for d, s in _DTYPE_SUFFIX.items() if s == match["dtype"]), torch.float16),
+        )
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a scheme: {error}; accepted: {ACCEPTED}") from None
+
+
+def as_scheme(scheme: str | Scheme) -> Scheme:
+    """A Scheme from a Scheme or its string."""
+    return scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)

@@ -1,0 +1,180 @@
+"""QTensor: a quantized weight as one value. Packed codes, scales, zeros or offsets, and the scheme that reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import ops
+from qkernels.scheme import Scheme, as_scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationError:
+    """What quantizing lost, against the original weight.
+
+    Attributes:
+        snr_db: signal to noise, 10 log10(sum w^2 / sum (w - w^)^2), in decibels; infinite where nothing was lost.
+        relative: sqrt(sum (w - w^)^2 / sum w^2).
+        largest: the largest |w - w^|.
+    """
+
+    snr_db: float
+    relative: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """A quantized (out_features, in_features) weight: what `quantize` returns.
+
+    It is not a torch.Tensor, but stands for one in `F.linear(x, q, bias)` and `x @ q.T`, which run on the packed codes.
+
+    Args:
+        packed: (N, words) int32, laid out as packing.py says.
+        scale: (groups, N), or (1, 1) per tensor; floating.
+        zero: like scale: uint8 zeros, floating offsets, or None for symmetric schemes.
+        scheme: how codes are read.
+        in_features: K, which packed, being padded, does not tell.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device than the scheme asks for.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    scheme: Scheme
+    in_features: int
+
+    def __post_init__(self) -> None:
+        ops.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features, "QTensor")
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.packed.shape[0], self.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored: packed, scale and, unless the scheme is symmetric, zero."""
+        return (self.packed, self.scale) if self.zero is None else (self.packed, self.scale, self.zero)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes with their padding, scales, zeros or offsets."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 nbytes / (N K); nan for an empty weight."""
+        return 8 * self.nbytes / self.shape.numel() if self.shape.numel() else math.nan
+
+    @property
+    def T(self) -> TransposedQTensor:  # noqa: N802 - as in torch
+        """For `x @ q.T`; nothing moves."""
+        return TransposedQTensor(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"QTensor(shape=({self.shape[0]}, {self.shape[1]}), scheme='{self.scheme}', {self.nbytes:,} bytes, "
+            f"{self.bits_per_weight:.2f} bits per weight, device='{self.device}')"
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (N, K) that the codes stand for, in float32, float16 or bfloat16."""
+        return ops.dequantize(self.packed, self.scale, self.zero, str(self.scheme), self.in_features, dtype)
+
+    def error(self, w: Tensor) -> QuantizationError:
+        """How far this is from the original weight w (N, K)."""
+        if w.shape != self.shape:
+            raise ValueError(f"w must have shape {tuple(self.shape)}, got {tuple(w.shape)}")
+        original = w.detach().float()
+        difference = original - self.dequantize()
+        noise = difference.square().sum(dtype=torch.float64).item()
+        signal = original.square().sum(dtype=torch.float64).item()
+        return QuantizationError(
+            snr_db=math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf,
+            relative=0.0 if noise == 0 else math.sqrt(noise / signal) if signal else math.inf,
+            largest=difference.abs().max().item() if w.numel() else 0.0,
+        )
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same codes and scales on another device. Dtypes stay: another scale would be another weight."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return dataclasses.replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **(kwargs or {}))
+        raise TypeError(
+            f"QTensor does not support {getattr(func, '__name__', func)}; it supports F.linear(x, q, bias) and "
+            "x @ q.T, and q.dequantize() is a plain tensor"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TransposedQTensor:
+    """q.T: the right-hand side of `x @ q.T`."""
+
+    source: QTensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(reversed(self.source.shape))
+
+    @property
+    def T(self) -> QTensor:  # noqa: N802 - as in torch
+        return self.source
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], cls):
+            return _linear(args[0], args[1].source)
+        raise TypeError(f"QTensor.T does not support {getattr(func, '__name__', func)}; it supports x @ q.T")
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's name
+    if not isinstance(weight, QTensor):
+        raise TypeError(f"F.linear takes a QTensor as its weight, got one as another argument of {type(weight)}")
+    if input.shape[-1:] != (weight.in_features,):
+        raise ValueError(
+            f"x must be (..., {weight.in_features}) to meet a weight of shape {tuple(weight.shape)}, "
+            f"got {tuple(input.shape)}"
+        )
+    return ops.matmul(input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme))
+
+
+def quantize(w: Tensor, scheme: str | Scheme) -> QTensor:
+    """Quantize a weight by rounding to nearest.
+
+    Args:
+        w: (N, K) = (out_features, in_features), float16, bfloat16 or float32, finite; on CPU or GPU.
+        scheme: such as "w4g128"; see `Scheme`.
+
+    Raises:
+        ValueError, TypeError: w is not such a tensor, the scheme is not one, or a scale overflows its dtype.
+
+    >>> import torch, qkernels
+    >>> q = qkernels.quantize(torch.ones(256, 512), "w4g128")
+    >>> q
+    QTensor(shape=(256, 512), scheme='w4g128', 68,608 bytes, 4.19 bits per weight, device='cpu')
+    >>> torch.nn.functional.linear(torch.ones(3, 512), q).shape
+    torch.Size([3, 256])
+    """
+    parsed = as_scheme(scheme)
+    packed, scale, zero = ops.quantize(w, str(parsed))
+    return QTensor(packed, scale, zero, parsed, w.shape[1])

@@ -1,0 +1,47 @@
+"""Which configuration a launch gets: pure functions of the problem, no state, no measurement.
+
+Every configuration returned here is compiled by the tests for each supported compute capability, and fits: no spills,
+shared memory within the smallest limit.
+"""
+
+import torch
+
+from qkernels.packing import PLANES, block_columns
+from qkernels.scheme import Scheme
+from qkernels.tuning.configs import DequantizeConfig, MatmulConfig, QuantizeConfig
+
+_LARGEST_TILE = 8192  # weights of one row that a quantizing program holds in registers
+
+
+def group_fits_tile(scheme: Scheme, in_features: int) -> bool:
+    """Whether quantize can find ranges and codes in one pass: a tile holds whole groups.
+
+    Tiles are powers of two: so must groups be, unless one group is a whole row.
+    """
+    if scheme.group_size == "tensor":
+        return False
+    length = scheme.group_length(in_features)
+    return (length & (length - 1) == 0 or length >= in_features) and _power_of_two(length) <= _LARGEST_TILE
+
+
+def quantize(scheme: Scheme, in_features: int) -> QuantizeConfig:
+    tile = block_columns(scheme.bits)
+    if group_fits_tile(scheme, in_features):
+        tile = max(tile, _power_of_two(scheme.group_length(in_features)))
+    return QuantizeConfig(block_n=max(1, 4096 // tile), num_warps=4)
+
+
+def dequantize() -> DequantizeConfig:
+    return DequantizeConfig(block_n=8, block_k=512, num_warps=4)
+
+
+def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
+    block_m = 16 if tokens <= 16 else 32
+    # A stage holds a span of each row: 16 * 32 / (bits of the narrowest plane) values of k.
+    num_stages = 2 if min(PLANES[scheme.bits]) == 1 else 3
+    return MatmulConfig(block_m=block_m, block_n=64, num_warps=2, num_stages=num_stages)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,27 @@
+"""How a kernel is launched: one frozen dataclass per kernel. What is launched is the scheme's business.
+
+Blocks are powers of two: block_n output features (rows of the weight), block_m tokens, block_k input features.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    block_n: int
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DequantizeConfig:
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulConfig:
+    block_m: int  # at least 16
+    block_n: int
+    num_warps: int
+    num_stages: int
