@@ -8,7 +8,6 @@
 from qkernels.formats.native import FormatError
 from qkernels.model import QuantizationReport, load, quantize_model, save
 from qkernels.nn import QuantLinear
-from qkernels.ops import matmul
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, QuantizationError, quantize
 
@@ -20,7 +19,6 @@ __all__ = [
     "QuantizationReport",
     "Scheme",
     "load",
-    "matmul",
     "quantize",
     "quantize_model",
     "save",

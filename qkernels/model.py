@@ -17,7 +17,7 @@ from qkernels.formats.native import FormatError, Path
 from qkernels.nn import QuantLinear
 from qkernels.ops import DTYPES
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.tensor import QTensor
+from qkernels.tensor import QTensor, QuantizationError
 
 # The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.
 DEFAULT_SKIP = ("lm_head", "*.lm_head")
@@ -33,7 +33,7 @@ class LayerReport:
         shape: (out_features, in_features).
         original_bytes: of the float weight.
         nbytes: of codes, scales and zeros, padding included.
-        snr_db: of the weight, in decibels.
+        error: of the weight.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LayerReport:
     shape: tuple[int, int]
     original_bytes: int
     nbytes: int
-    snr_db: float
+    error: QuantizationError
 
     @property
     def weights(self) -> int:
@@ -74,6 +74,11 @@ class QuantizationReport:
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / max(1, sum(layer.weights for layer in self.layers))
 
+    @property
+    def error(self) -> QuantizationError:
+        """Of all quantized weights together."""
+        return sum((layer.error for layer in self.layers), QuantizationError(0.0, 0.0, 0.0))
+
     def __str__(self) -> str:
         rows = [
             (
@@ -82,13 +87,13 @@ class QuantizationReport:
                 f"{layer.shape[0]} x {layer.shape[1]}",
                 tables.size(layer.nbytes),
                 f"{8 * layer.nbytes / max(1, layer.weights):.2f}",
-                f"{layer.snr_db:.1f}",
+                f"{layer.error.snr_db:.1f}",
             )
             for layer in self.layers
         ]
         title = (
             f"{len(self.layers)} layers: {tables.size(self.original_bytes)} -> {tables.size(self.nbytes)}, "
-            f"{self.bits_per_weight:.2f} bits per weight, {self.seconds:.1f} s; "
+            f"{self.bits_per_weight:.2f} bits per weight, SNR {self.error.snr_db:.1f} dB, {self.seconds:.1f} s; "
             f"left alone: {', '.join(self.skipped) or 'none'}"
         )
         columns = ("layer", "scheme", "shape", "size", "bits/weight", "SNR dB")
@@ -142,7 +147,7 @@ def quantize_model(
                 shape=(linear.out_features, linear.in_features),
                 original_bytes=weight.nbytes,
                 nbytes=quantized.qweight.nbytes,
-                snr_db=quantized.qweight.error(weight).snr_db,
+                error=quantized.qweight.error(weight),
             )
         )
         for parent, child in places.pop(linear):

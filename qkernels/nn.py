@@ -67,6 +67,7 @@ class QuantLinear(nn.Module):
             own["weight_zero"],
             own["bias"],
             self._scheme,
+            self.in_features,
         )
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ part of a decode step: torch.library.custom_op and register_autograd each add se
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    "matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, str scheme) -> Tensor", tags=_TAGS
+    "matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, str scheme, SymInt in_features) -> Tensor",
+    tags=_TAGS,
 )
 _quantize_op = torch.ops.qkernels.quantize.default
 _dequantize_op = torch.ops.qkernels.dequantize.default
@@ -46,86 +48,81 @@ _matmul_op = torch.ops.qkernels.matmul.default
 class _Layout(NamedTuple):
     """What the tensors of a quantized (N, K) weight must look like."""
 
+    scheme: Scheme
     packed: tuple[int, int]
     scale: tuple[int, int]
-    scheme: Scheme
+    zero_dtypes: tuple[torch.dtype, ...]  # empty for symmetric schemes
 
 
 @functools.lru_cache(maxsize=4096)
 def _layout(scheme: str, out_features: int, in_features: int) -> _Layout:
     parsed = as_scheme(scheme)
-    words = packing.packed_words(parsed.bits, in_features)
-    return _Layout((out_features, words), parsed.scale_shape(out_features, in_features), parsed)
+    if not 0 <= in_features < 2**28:  # kernels count the bits of a row in int32
+        raise ValueError(f"in_features must be from 0 to 2**28 - 1, got {in_features}")
+    return _Layout(
+        parsed,
+        (out_features, packing.packed_words(parsed.bits, in_features)),
+        parsed.scale_shape(out_features, in_features),
+        {"symmetric": (), "affine": (torch.uint8,), "offset": DTYPES}[parsed.value_map],
+    )
 
 
-def check_weight(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int, what: str = "qkernels"
-) -> Scheme:
+def check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int) -> Scheme:
     """The parsed scheme, if the tensors are a quantized weight with in_features input features.
 
     Raises:
-        ValueError, TypeError: a tensor has another shape, dtype or device than the scheme asks for.
+        ValueError: a tensor has another shape, dtype or device than the scheme asks for.
     """
-    layout = _layout(scheme, packed.shape[0] if packed.ndim else 0, in_features)
-    if packed.dtype is not torch.int32 or packed.shape != layout.packed:
-        raise _error(what, "packed", f"{layout.packed} int32", scheme, in_features, packed)
-    if scale.dtype not in DTYPES or scale.shape != layout.scale:
-        raise _error(what, "scale", f"{layout.scale} floating", scheme, in_features, scale)
-    value_map = layout.scheme.value_map
+    # Host time is part of every matmul: on the way through, each attribute of a tensor is read once.
+    shape = packed.shape
+    layout = _layout(scheme, shape[0] if shape else 0, in_features)
+    if shape != layout.packed or packed.dtype is not torch.int32:
+        raise _weight_error("packed", f"{layout.packed} int32", scheme, in_features, packed)
+    if scale.shape != layout.scale or scale.dtype not in DTYPES:
+        raise _weight_error("scale", f"{layout.scale} floating", scheme, in_features, scale)
     if zero is None:
-        if value_map != "symmetric":
-            raise _error(what, "zero", f"{layout.scale}", scheme, in_features, zero)
-    elif value_map == "symmetric":
-        raise _error(what, "zero", "None", scheme, in_features, zero)
-    elif zero.shape != layout.scale or (
-        zero.dtype not in DTYPES if value_map == "offset" else zero.dtype is not torch.uint8
-    ):
-        dtype = "floating" if value_map == "offset" else "uint8"
-        raise _error(what, "zero", f"{layout.scale} {dtype}", scheme, in_features, zero)
-    device = packed.device
-    if scale.device != device or (zero is not None and zero.device != device):
-        found = [str(t.device) for t in (packed, scale, zero) if t is not None]
-        raise ValueError(f"{what}: packed, scale and zero must be on one device, got {', '.join(found)}")
+        if layout.zero_dtypes:
+            raise _weight_error("zero", f"{layout.scale}", scheme, in_features, zero)
+    elif not layout.zero_dtypes:
+        raise _weight_error("zero", "None", scheme, in_features, zero)
+    elif zero.shape != layout.scale or zero.dtype not in layout.zero_dtypes:
+        dtype = "uint8" if layout.zero_dtypes == (torch.uint8,) else "floating"
+        raise _weight_error("zero", f"{layout.scale} {dtype}", scheme, in_features, zero)
+    device = packed.get_device()
+    if scale.get_device() != device or (zero is not None and zero.get_device() != device):
+        found = ", ".join(str(t.device) for t in (packed, scale, zero) if t is not None)
+        raise ValueError(f"packed, scale and zero must be on one device, got {found}")
     return layout.scheme
 
 
-def _error(what: str, name: str, wanted: str, scheme: str, in_features: int, got: Tensor | None) -> Exception:
+def _weight_error(name: str, wanted: str, scheme: str, in_features: int, got: Tensor | None) -> ValueError:
     found = "None" if got is None else f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')}"
-    message = f"{what}: {name} must be {wanted} for scheme {scheme!r} with K = {in_features}, got {found}"
-    return ValueError(message)
+    return ValueError(f"{name} must be {wanted} for scheme {scheme!r} with K = {in_features}, got {found}")
 
 
-def _check_matmul(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str
-) -> Scheme:
-    if x.ndim == 0:
-        raise ValueError("matmul: x must be (..., K), got a scalar")
-    parsed = check_weight(packed, scale, zero, scheme, x.shape[-1], "matmul")
-    check_activation(x, packed, bias)
-    return parsed
-
-
-def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless x, and bias if any, can meet the weights; K is check_weight's business."""
+def _check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
+    """Raise TypeError or ValueError unless x, and bias if any, can meet the weight."""
+    shape = x.shape
+    if not shape or shape[-1] != in_features:
+        raise ValueError(f"x must be (..., K) with K = {in_features}, got {tuple(shape)}")
     if x.dtype not in DTYPES:
-        raise TypeError(f"matmul: x must be float16, bfloat16 or float32, got {x.dtype}")
+        raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
     if x.device != packed.device:
-        raise ValueError(f"matmul: x is on {x.device} but packed is on {packed.device}")
+        raise ValueError(f"x is on {x.device} but packed is on {packed.device}")
     if bias is not None:
         if bias.shape != packed.shape[:1] or bias.dtype not in DTYPES:
-            raise ValueError(
-                f"matmul: bias must be ({packed.shape[0]},) floating, got {tuple(bias.shape)} {bias.dtype}"
-            )
+            found = f"{tuple(bias.shape)} {str(bias.dtype).removeprefix('torch.')}"
+            raise ValueError(f"bias must be ({packed.shape[0]},) floating, got {found}")
         if bias.device != x.device:
-            raise ValueError(f"matmul: bias is on {bias.device} but x is on {x.device}")
+            raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
 
 
 def _check_quantize(w: Tensor, scheme: str) -> Scheme:
     parsed = as_scheme(scheme)
     if w.ndim != 2:
-        raise ValueError(f"quantize: w must be 2-D (out_features, in_features), got shape {tuple(w.shape)}")
+        raise ValueError(f"w must be 2-D (out_features, in_features), got shape {tuple(w.shape)}")
     if w.dtype not in DTYPES:
-        raise TypeError(f"quantize: w must be float16, bfloat16 or float32, got {w.dtype}")
+        raise TypeError(f"w must be float16, bfloat16 or float32, got {w.dtype}")
     return parsed
 
 
@@ -148,6 +145,8 @@ def _quantize_cuda(w: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
         packed, scale, zero = kernel.quantize(w, parsed, config)
         if not torch.isfinite(scale).all():
             reference.group_range(w, parsed)  # raises for NaN and infinity in w
+            if parsed.value_map == "offset" and zero is not None:
+                reference.check_fits("offset", zero, parsed)
             reference.check_fits("scale", scale, parsed)
     else:
         scale, zero = reference.scale_and_zero(*reference.group_range(w, parsed), parsed)
@@ -201,32 +200,39 @@ def _check_dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int, dtype: torch.dtype
 ) -> Scheme:
     if dtype not in DTYPES:
-        raise TypeError(f"dequantize: dtype must be float16, bfloat16 or float32, got {dtype}")
-    return check_weight(packed, scale, zero, scheme, in_features, "dequantize")
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+    return check_weight(packed, scale, zero, scheme, in_features)
 
 
 # ---- matmul -----------------------------------------------------------------------------------------------------------
 
 
 def _matmul_cpu(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
 ) -> Tensor:
-    return reference.matmul(
-        x, packed, scale, zero, bias, _check_matmul(x, packed, scale, zero, bias, scheme)
-    )
+    parsed = check_weight(packed, scale, zero, scheme, in_features)
+    _check_activation(x, packed, bias, in_features)
+    return reference.matmul(x, packed, scale, zero, bias, parsed)
 
 
 def _matmul_cuda(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
 ) -> Tensor:
-    return launch_matmul(x, packed, scale, zero, bias, _check_matmul(x, packed, scale, zero, bias, scheme))
-
-
-def launch_matmul(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: Scheme
-) -> Tensor:
-    """matmul on a GPU, for arguments that have been checked."""
-    out_features, in_features = packed.shape[0], x.shape[-1]
+    parsed = check_weight(packed, scale, zero, scheme, in_features)
+    _check_activation(x, packed, bias, in_features)
+    out_features = packed.shape[0]
     tokens = x.reshape(-1, in_features) if in_features else x.new_empty((x.shape[:-1].numel(), 0))
     if tokens.shape[0] == 0 or out_features == 0 or in_features == 0:
         y = x.new_zeros((*x.shape[:-1], out_features))
@@ -237,15 +243,21 @@ def launch_matmul(
         tokens = tokens.contiguous()
     packed, scale, zero = packed.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
     bias = None if bias is None else bias.contiguous()
-    config = choose.matmul(tokens.shape[0], scheme, x.dtype)
-    y = kernel.matmul(tokens, packed, scale, zero, bias, scheme, config)
+    config = choose.matmul(tokens.shape[0], parsed, x.dtype)
+    y = kernel.matmul(tokens, packed, scale, zero, bias, parsed, config)
     return y.view(*x.shape[:-1], out_features)
 
 
 def _matmul_fake(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
 ) -> Tensor:
-    check_activation(x, packed, bias)
+    _check_activation(x, packed, bias, in_features)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
@@ -253,14 +265,14 @@ class _MatmulFunction(torch.autograd.Function):
     """Gradients for x and bias; codes, scales and zeros are constants."""
 
     @staticmethod
-    def forward(x, packed, scale, zero, bias, scheme):  # type: ignore[no-untyped-def, override]
+    def forward(x, packed, scale, zero, bias, scheme, in_features):  # type: ignore[no-untyped-def, override]
         with torch._C._AutoDispatchBelowAutograd():
-            return _matmul_op(x, packed, scale, zero, bias, scheme)
+            return _matmul_op(x, packed, scale, zero, bias, scheme, in_features)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def, override]
-        x, packed, scale, zero, bias, ctx.scheme = inputs
-        ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+        _, packed, scale, zero, bias, ctx.scheme, ctx.in_features = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(packed, scale, zero)
 
     @staticmethod
@@ -270,50 +282,63 @@ class _MatmulFunction(torch.autograd.Function):
             x_grad = grad @ _dequantize_op(*ctx.saved_tensors, ctx.scheme, ctx.in_features, grad.dtype)
         if ctx.needs_input_grad[4]:
             bias_grad = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-        return x_grad, None, None, None, bias_grad, None
+        return x_grad, None, None, None, bias_grad, None, None
 
 
 # ---- registration -----------------------------------------------------------------------------------------------------
 
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+
+def _direct_matmul(x: Tensor) -> Callable[..., Tensor] | None:
+    """What the dispatcher, below autograd, would end up calling for x; None where a mode or a subclass has a say."""
+    if type(x) is Tensor and not _dispatch_modes() and _functorch_level() is None:
+        if x.is_cpu:
+            return _matmul_cpu
+        if x.is_cuda:
+            return _matmul_cuda
+    return None
 
 
-def _matmul_autograd(
-    keys: Any, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str
-) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _MatmulFunction.apply(x, packed, scale, zero, bias, scheme)  # type: ignore[no-any-return]
-    below = keys & _BELOW_AUTOGRAD
-    # The dispatcher's next stop is known: where it is a device, go there directly.
-    implementation = _DEVICE_MATMUL.get(below.highestPriorityTypeId())
-    if implementation is not None:
-        return implementation(x, packed, scale, zero, bias, scheme)
-    return _matmul_op.redispatch(below, x, packed, scale, zero, bias, scheme)  # type: ignore[no-any-return]
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
-_DEVICE_MATMUL = {torch._C.DispatchKey.CPU: _matmul_cpu, torch._C.DispatchKey.CUDA: _matmul_cuda}
+def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+_grad_enabled = torch.is_grad_enabled
+
+
+def _matmul_autograd(*args: Any) -> Tensor:
+    x, bias = args[0], args[4]
+    if _needs_gradient(x, bias):
+        return _MatmulFunction.apply(*args)  # type: ignore[no-any-return]
+    if direct := _direct_matmul(x):
+        return direct(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _matmul_op(*args)  # type: ignore[no-any-return]
 
 
 def _constant_autograd(op: Any) -> Any:
     """Autograd kernel of an op whose results have no gradient."""
 
-    def no_gradient(keys: Any, *args: Any) -> Any:
-        return op.redispatch(keys & _BELOW_AUTOGRAD, *args)
+    def no_gradient(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     return no_gradient
 
 
 def _matmul_autocast(
-    keys: Any, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     """x and bias in autocast's dtype, as linear does; scales and offsets keep theirs."""
     device = x.device.type
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    dtype = torch.get_autocast_dtype(device)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        dtype = torch.get_autocast_dtype(device)
-        return _matmul_op(  # type: ignore[no-any-return]
-            x.to(dtype), packed, scale, zero, None if bias is None else bias.to(dtype), scheme
-        )
+        bias = None if bias is None else bias.to(dtype)
+        return _matmul_op(x.to(dtype), packed, scale, zero, bias, *rest)  # type: ignore[no-any-return]
 
 
 def _register() -> None:
@@ -325,11 +350,11 @@ def _register() -> None:
         _library.impl(name, cpu, "CPU")
         _library.impl(name, cuda, "CUDA")
         torch.library.register_fake(f"qkernels::{name}", fake, lib=_library)
-    _library.impl("quantize", _constant_autograd(_quantize_op), "Autograd", with_keyset=True)
-    _library.impl("dequantize", _constant_autograd(_dequantize_op), "Autograd", with_keyset=True)
-    _library.impl("matmul", _matmul_autograd, "Autograd", with_keyset=True)
-    _library.impl("matmul", _matmul_autocast, "AutocastCPU", with_keyset=True)
-    _library.impl("matmul", _matmul_autocast, "AutocastCUDA", with_keyset=True)
+    _library.impl("quantize", _constant_autograd(_quantize_op), "Autograd")
+    _library.impl("dequantize", _constant_autograd(_dequantize_op), "Autograd")
+    _library.impl("matmul", _matmul_autograd, "Autograd")
+    _library.impl("matmul", _matmul_autocast, "AutocastCPU")
+    _library.impl("matmul", _matmul_autocast, "AutocastCUDA")
 
 
 _register()
@@ -362,23 +387,27 @@ def dequantize(
 
 
 def matmul(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
 ) -> Tensor:
     """y (..., N) = x (..., K) @ dequantize(...).T + bias, in x's dtype; x float16, bfloat16 or float32.
 
     The same as torch.ops.qkernels.matmul, but where nothing is watching (no gradient, tracing, autocast or mode) it
     calls the implementation directly, which saves a few microseconds.
+
+    Raises:
+        ValueError, TypeError: a tensor has another shape, dtype or device than the others and the scheme ask for.
     """
-    if (
-        type(x) is Tensor
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    ):
-        if x.is_cpu:
-            if not torch.is_autocast_enabled("cpu"):
-                return _matmul_cpu(x, packed, scale, zero, bias, scheme)
-        elif x.is_cuda and not torch.is_autocast_enabled("cuda"):
-            return _matmul_cuda(x, packed, scale, zero, bias, scheme)
-    return _matmul_op(x, packed, scale, zero, bias, scheme)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling() and not _needs_gradient(x, bias) and not _any_autocast():
+        direct = _direct_matmul(x)
+        if direct is not None:
+            return direct(x, packed, scale, zero, bias, scheme, in_features)
+    return _matmul_op(x, packed, scale, zero, bias, scheme, in_features)  # type: ignore[no-any-return]
+
+
+_any_autocast = torch._C._is_any_autocast_enabled

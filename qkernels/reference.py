@@ -107,17 +107,17 @@ def scale_and_zero(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, T
         low, high, steps = low.clamp(max=0.0), high.clamp(min=0.0), scheme.code_max  # zero is a code, exactly
     else:
         stored = _round_toward(low, dtype, up=False)
+        check_fits("offset", stored, scheme)
         low, steps = stored.float(), scheme.code_max
     # Halves, because high - low may overflow.
     exact = (high * 0.5 - low * 0.5) / steps * 2.0
     scale = torch.maximum(_round_toward(exact, dtype, up=True), _smallest_positive(dtype, exact))
     scale = torch.where(high > low, scale, torch.ones_like(scale))
-    _check_fits("scale", scale, scheme)
+    check_fits("scale", scale, scheme)
     if scheme.value_map == "symmetric":
         return scale, None
     if scheme.value_map == "affine":
         return scale, torch.round(-low / scale.float()).clamp(0, scheme.code_max).to(torch.uint8)
-    _check_fits("offset", stored, scheme)
     return scale, stored
 
 
@@ -179,7 +179,8 @@ def _smallest_positive(dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.ones((), dtype=bits, device=like.device).view(dtype)
 
 
-def _check_fits(what: str, values: Tensor, scheme: Scheme) -> None:
+def check_fits(what: str, values: Tensor, scheme: Scheme) -> None:
+    """Raise ValueError, naming the first, if values of groups (scales or offsets) overflowed their dtype."""
     if not torch.isfinite(values).all():
         group, row = torch.nonzero(~torch.isfinite(values))[0].tolist()
         raise ValueError(

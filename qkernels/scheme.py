@@ -60,6 +60,7 @@ class Scheme:
     group_size: GroupSize
     value_map: ValueMap = "affine"
     scale_dtype: torch.dtype = torch.float16
+    _text: str = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool):
@@ -84,6 +85,10 @@ class Scheme:
             raise ValueError(
                 f"scale_dtype must be one of {', '.join(map(str, _DTYPE_SUFFIX))}, got {self.scale_dtype!r}"
             )
+        group = self.group_size[0] if isinstance(self.group_size, str) else f"g{self.group_size}"
+        dtype = "" if self.scale_dtype is torch.float16 else f"-{_DTYPE_SUFFIX[self.scale_dtype]}"
+        # Once, not in __str__: every matmul asks for it, and torch.compile cannot format symbolic sizes.
+        object.__setattr__(self, "_text", f"w{self.bits}{group}{_MAP_SUFFIX[self.value_map]}{dtype}")
 
     @staticmethod
     def parse(text: str) -> Scheme:
@@ -97,9 +102,7 @@ class Scheme:
         return _parse(text)
 
     def __str__(self) -> str:
-        group = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size[0]
-        dtype = "" if self.scale_dtype is torch.float16 else f"-{_DTYPE_SUFFIX[self.scale_dtype]}"
-        return f"w{self.bits}{group}{_MAP_SUFFIX[self.value_map]}{dtype}"
+        return self._text
 
     # What follows from the fields; no other module works these out for itself.
 

@@ -16,17 +16,40 @@ from qkernels.scheme import Scheme, as_scheme
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationError:
-    """What quantizing lost, against the original weight.
+    """What quantizing lost, against the original weight w.
 
     Attributes:
-        snr_db: signal to noise, 10 log10(sum w^2 / sum (w - w^)^2), in decibels; infinite where nothing was lost.
-        relative: sqrt(sum (w - w^)^2 / sum w^2).
+        signal: sum of w^2.
+        noise: sum of (w - w^)^2.
         largest: the largest |w - w^|.
     """
 
-    snr_db: float
-    relative: float
+    signal: float
+    noise: float
     largest: float
+
+    @property
+    def snr_db(self) -> float:
+        """Signal to noise, 10 log10(signal / noise), in decibels; infinite where nothing was lost."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    @property
+    def relative(self) -> float:
+        """Relative error, sqrt(noise / signal)."""
+        if self.noise == 0:
+            return 0.0
+        return math.sqrt(self.noise / self.signal) if self.signal else math.inf
+
+    def __add__(self, other: QuantizationError) -> QuantizationError:
+        """The error of two weights together."""
+        return QuantizationError(
+            self.signal + other.signal, self.noise + other.noise, max(self.largest, other.largest)
+        )
+
+    def __repr__(self) -> str:
+        return f"QuantizationError(snr_db={self.snr_db:.2f}, relative={self.relative:.4g}, largest={self.largest:.4g})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,7 +76,7 @@ class QTensor:
     in_features: int
 
     def __post_init__(self) -> None:
-        ops.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features, "QTensor")
+        ops.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features)
 
     @property
     def shape(self) -> torch.Size:
@@ -99,11 +122,9 @@ class QTensor:
             raise ValueError(f"w must have shape {tuple(self.shape)}, got {tuple(w.shape)}")
         original = w.detach().float()
         difference = original - self.dequantize()
-        noise = difference.square().sum(dtype=torch.float64).item()
-        signal = original.square().sum(dtype=torch.float64).item()
         return QuantizationError(
-            snr_db=math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf,
-            relative=0.0 if noise == 0 else math.sqrt(noise / signal) if signal else math.inf,
+            signal=original.square().sum(dtype=torch.float64).item(),
+            noise=difference.square().sum(dtype=torch.float64).item(),
             largest=difference.abs().max().item() if w.numel() else 0.0,
         )
 
@@ -150,12 +171,9 @@ class TransposedQTensor:
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's name
     if not isinstance(weight, QTensor):
         raise TypeError(f"F.linear takes a QTensor as its weight, got one as another argument of {type(weight)}")
-    if input.shape[-1:] != (weight.in_features,):
-        raise ValueError(
-            f"x must be (..., {weight.in_features}) to meet a weight of shape {tuple(weight.shape)}, "
-            f"got {tuple(input.shape)}"
-        )
-    return ops.matmul(input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme))
+    return ops.matmul(
+        input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features
+    )
 
 
 def quantize(w: Tensor, scheme: str | Scheme) -> QTensor:

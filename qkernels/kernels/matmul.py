@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qkernels import packing
 from qkernels.kernels.launch import group_strides, has_ptx, on_device
 from qkernels.kernels.unpack import (
+    block_slots,
     lane_bits,
     load_codes,
     load_words,
     plane_bits,
     plane_count,
-    step_slots,
     unpack_slot,
     zero_operand,
 )
@@ -34,9 +35,9 @@ from qkernels.tuning.configs import MatmulConfig
 
 
 @triton.constexpr_function
-def _chunk_slots(BITS, GROUP):
+def _chunk_slots(STEP, GROUP):
     """The longest run of slots that divides a step and never crosses a group; GROUP 0 is one group for all of K."""
-    return math.gcd(step_slots(BITS), GROUP // 16)
+    return math.gcd(STEP, GROUP // 16)
 
 
 @triton.jit
@@ -95,10 +96,11 @@ def matmul_kernel(
     PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,  # packed blocks that one step of the main loop unpacks
 ):
     dtype = x_ptr.dtype.element_ty
-    STEP: tl.constexpr = step_slots(BITS)  # in slots of 16 k, as is CHUNK
-    CHUNK: tl.constexpr = _chunk_slots(BITS, GROUP)
+    STEP: tl.constexpr = block_slots(BITS) * BLOCKS  # in slots of 16 k, as is CHUNK
+    CHUNK: tl.constexpr = _chunk_slots(STEP, GROUP)
     CENTER: tl.constexpr = 2 ** (BITS - 1)
     ZERO: tl.constexpr = None if VALUE_MAP == "affine" else CENTER
 
@@ -210,10 +212,11 @@ def matmul(
             GROUP=0 if scale.shape[0] == 1 else scheme.group_length(K),
             VALUE_MAP=scheme.value_map,
             HAS_BIAS=bias is not None,
-            HAS_TAIL=K % (16 * step_slots(scheme.bits)) != 0,
+            HAS_TAIL=K % (config.blocks * packing.block_columns(scheme.bits)) != 0,
             PTX=has_ptx() and x.dtype != torch.float32,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            BLOCKS=config.blocks,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip

@@ -138,11 +138,14 @@ def _store_packed(
         row_lane_bytes = tl.cdiv(K * bits, 128)  # of a lane in all blocks of a row
         lane_bytes = tl.minimum(row_lane_bytes - block * (lane_bits(bits) // 8), lane_bits(bits) // 8)
         whole = n_mask[:, None, None] & (lane_bytes == lane_bits(bits) // 8)
-        if lane_bits(bits) == 16:
+        if lane_bits(bits) == 32:
+            tl.store(plane_ptr + block * 16 + lane, word, mask=whole)
+        elif lane_bits(bits) == 16:
             word_ptr = plane_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
             tl.store(word_ptr + block * 16 + lane, word.to(tl.int16), mask=whole)
         else:
-            tl.store(plane_ptr + block * 16 + lane, word, mask=whole)
+            word_ptr = plane_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
+            tl.store(word_ptr + block * 16 + lane, word.to(tl.int8), mask=whole)
         if k_start + TILE > K:  # the shorter last block
             byte_ptr = plane_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
             byte_ptr += block * (2 * lane_bits(bits)) + lane * lane_bytes

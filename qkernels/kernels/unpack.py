@@ -24,9 +24,10 @@ _MAGIC = tl.constexpr({"fp16": 0x6400, "bf16": 0x4300})
 
 
 @triton.constexpr_function
-def step_slots(BITS):
-    """Slots that one step of a main loop unpacks: whole blocks of every plane."""
-    return max(8 * _LANE_BYTES.value[bits] // bits for bits in _PLANES.value[BITS])
+def block_slots(BITS):
+    """Slots in a block, the same for every plane of a width."""
+    bits = _PLANES.value[BITS][0]
+    return 8 * _LANE_BYTES.value[bits] // bits
 
 
 @triton.constexpr_function
@@ -51,29 +52,28 @@ def plane_shift(BITS, i):
     return sum(_PLANES.value[BITS][:i])
 
 
-@triton.constexpr_function
-def _pair_halves_asm():
-    # $2 and $3 are neighbouring words: $0 takes their low halves, $1 their high halves.
-    return "prmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 0x7632;"
+# Neighbouring words, made into registers that hold 16 bits of each: the first in the low half, the second in the high.
+_PAIR_WORDS = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 0x7632;")
+_PAIR_BYTES = tl.constexpr("prmt.b32 $0, $1, 0, 0x4140;")
 
 
 @triton.constexpr_function
 def _slot_registers(BITS):
     """First register of each of the three planes in a slot's assembly, then of the zero operand; $0 is the result.
 
-    A pair of int32 words, made ready, is two registers; a pair of int16 words is one. Planes that a width does not have
-    repeat the first.
+    A pair of int32 words is two registers, low halves and high halves; a pair of int16 words is one. Planes that a width
+    does not have repeat the first.
     """
     first = [1]
     for i in range(3):
         bits = _PLANES.value[BITS][i if i < len(_PLANES.value[BITS]) else 0]
-        first.append(first[-1] + _LANE_BYTES.value[bits] // 2)
+        first.append(first[-1] + (2 if _LANE_BYTES.value[bits] == 4 else 1))
     return first
 
 
 @triton.constexpr_function
 def _slot_asm(BITS, SLOT, DTYPE, ZERO):
-    """Assembly for slot SLOT of a step; ZERO is the zero of all weights, or None where it comes in a register."""
+    """Assembly for slot SLOT of a block; ZERO is the zero of all weights, or None where it comes in a register."""
     lines, at = [".reg .b32 code, part, lo, hi, zero, one;"], 0
     register = _slot_registers(BITS)
     wide = DTYPE == "bf16" and BITS == 8  # 8 bits do not fit bfloat16's 7: through float32, where they do
@@ -124,17 +124,23 @@ def load_words(
     bits: tl.constexpr,  # of the plane
     PTX: tl.constexpr,
 ):
-    """The words of the block that holds a slot, (rows, 16) int32 or int16, ready for unpack_slot."""
+    """The words of the block that holds a slot, (rows, 16) int32, int16 or int8, ready for unpack_slot."""
     index = slot * bits // lane_bits(bits) * 16 + tl.arange(0, 16)[None, :]
-    if lane_bits(bits) == 16:
-        return tl.load(row_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=mask, other=0)
-    elif PTX:
+    if lane_bits(bits) == 32:
         word = tl.load(row_ptr + index, mask=mask, other=0)
-        return tl.inline_asm_elementwise(
-            _pair_halves_asm(), "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2
-        )
+        if PTX:
+            word = tl.inline_asm_elementwise(
+                _PAIR_WORDS, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2
+            )
+        return word
+    elif lane_bits(bits) == 16:
+        return tl.load(row_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=mask, other=0)
     else:
-        return tl.load(row_ptr + index, mask=mask, other=0)
+        word = tl.load(row_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + index, mask=mask, other=0)
+        if PTX:
+            return tl.inline_asm_elementwise(_PAIR_BYTES, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
+        else:
+            return word
 
 
 @triton.jit

@@ -6,7 +6,7 @@ shared memory within the smallest limit.
 
 import torch
 
-from qkernels.packing import PLANES, block_columns
+from qkernels.packing import block_columns
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import DequantizeConfig, MatmulConfig, QuantizeConfig
 
@@ -36,10 +36,9 @@ def dequantize() -> DequantizeConfig:
 
 
 def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
-    block_m = 16 if tokens <= 16 else 32
-    # A stage holds a span of each row: 16 * 32 / (bits of the narrowest plane) values of k.
-    num_stages = 2 if min(PLANES[scheme.bits]) == 1 else 3
-    return MatmulConfig(block_m=block_m, block_n=64, num_warps=2, num_stages=num_stages)
+    if tokens <= 16:
+        return MatmulConfig(block_m=16, block_n=64, blocks=1, num_warps=2, num_stages=3)
+    return MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3)
 
 
 def _power_of_two(n: int) -> int:

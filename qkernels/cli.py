@@ -1,0 +1,141 @@
+"""The command line: demo, quantize, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# Names that hold 2-D weights which are not Linears, or which suffer most.
+SKIPPED_NAMES = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `qkernels`; the exit status is 0, or 2 with one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        print(f"qkernels: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qkernels: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qkernels", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="quantize a real language model, see what each scheme loses and saves, and let one answer"
+    )
+    demo.add_argument("--quick", action="store_true", help="three schemes, two windows: under a minute")
+    demo.add_argument("--model", type=pathlib.Path, metavar="PATH", help="your own: a GGUF file or a model's folder")
+    demo.add_argument("--text", type=pathlib.Path, metavar="FILE", help="your own text to predict, UTF-8")
+    demo.add_argument("--schemes", nargs="+", metavar="SCHEME", help="such as w4g128 w3g64 w8cs")
+    demo.add_argument("--windows", type=_positive, metavar="N", help="how many windows of 512 tokens to predict")
+    demo.add_argument("--tokens", type=_positive, default=48, metavar="N", help="longest answer (default 48)")
+    demo.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    demo.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("qkernels-demo"), metavar="DIR", help="for figures and plots"
+    )
+    demo.set_defaults(run=_demo)
+
+    quantize = commands.add_parser("quantize", help="quantize the 2-D weights of a safetensors file")
+    quantize.add_argument("input", type=pathlib.Path, help="a safetensors file")
+    quantize.add_argument("output", type=pathlib.Path, help="the file to write")
+    quantize.add_argument("--scheme", required=True, help="such as w4g128")
+    quantize.add_argument(
+        "--skip", nargs="*", default=list(SKIPPED_NAMES), metavar="PATTERN",
+        help=f"names to leave alone (default: {' '.join(SKIPPED_NAMES)})",
+    )  # fmt: skip
+    quantize.set_defaults(run=_quantize)
+
+    inspect = commands.add_parser("inspect", help="list what a safetensors file holds, and check it")
+    inspect.add_argument("file", type=pathlib.Path)
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _demo(options: argparse.Namespace) -> None:
+    try:
+        import gguf  # noqa: F401
+        import matplotlib  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the demo needs {error.name}: pip install 'qkernels[demo]'") from None
+    from qkernels.demo import story
+
+    story.run(options)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from safetensors import SafetensorError, safe_open
+    from tqdm import tqdm
+
+    from qkernels import FormatError, Scheme, tables
+    from qkernels.formats import native
+    from qkernels.ops import DTYPES
+    from qkernels.tensor import quantize
+
+    scheme = Scheme.parse(options.scheme)
+    tensors: dict[str, Any] = {}
+    before = after = 0
+    try:
+        with open(options.input, "rb"), safe_open(options.input, framework="pt") as file:
+            if "qkernels" in (file.metadata() or {}):
+                raise FormatError(f"{options.input}: already quantized; see qkernels inspect")
+            for name in tqdm(list(file.keys()), desc="quantizing", unit="tensor"):
+                tensor = file.get_tensor(name)
+                skipped = any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skip)
+                if tensor.ndim != 2 or tensor.dtype not in DTYPES or not name.endswith("weight") or skipped:
+                    tensors[name] = tensor
+                    continue
+                try:
+                    tensors[name] = quantize(tensor, scheme)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                before += tensor.nbytes
+                after += tensors[name].nbytes
+    except SafetensorError as error:
+        raise FormatError(f"{options.input}: not a whole safetensors file: {error}") from None
+    if not before:
+        raise ValueError(f"{options.input} holds no 2-D floating weight that --skip leaves")
+    native.write(options.output, tensors)
+    count = sum(not hasattr(t, "dtype") for t in tensors.values())
+    print(f"{count} of {len(tensors)} tensors to {scheme}: {tables.size(before)} -> {tables.size(after)}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from qkernels import QTensor, tables
+    from qkernels.formats import native
+
+    rows = []
+    tensors = native.read(options.file)
+    for name, tensor in tensors.items():
+        shape = " x ".join(map(str, tensor.shape)) or "scalar"
+        if isinstance(tensor, QTensor):
+            rows.append((name, str(tensor.scheme), shape, tables.size(tensor.nbytes), f"{tensor.bits_per_weight:.2f}"))
+        else:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            rows.append((name, dtype, shape, tables.size(tensor.nbytes), f"{8 * tensor.element_size():.2f}"))
+    total = sum(t.nbytes for t in tensors.values())
+    columns = ("tensor", "scheme or dtype", "shape", "size", "bits/weight")
+    title = f"{options.file}: {len(tensors)} tensors, {tables.size(total)}, every field checked"
+    print(tables.as_text(tables.table(title, columns, rows, text_columns=2)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

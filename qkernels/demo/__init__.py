@@ -1,0 +1,1 @@
+"""`qkernels demo`: a real language model under several schemes, what each loses and saves, and an answer from one."""

@@ -1,0 +1,186 @@
+"""Teach Triton's interpreter bfloat16 and inline PTX, so that every path of a kernel can be proved without a GPU.
+
+As shipped (3.6 to 3.9) the interpreter keeps bfloat16 as raw uint16: `tl.dot`, arithmetic and integer casts then return
+garbage without a word, and float32 to bfloat16 truncates. Inline assembly raises. Here bfloat16 goes through float32 with
+round-to-nearest-even, and the few PTX instructions that qkernels uses are carried out, each as the PTX ISA defines it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton.language as tl
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
+
+Array = npt.NDArray[Any]
+
+
+def install() -> None:
+    """Patch the interpreter; once per process."""
+    original_cast = InterpreterBuilder.cast_impl
+    original_binary = InterpreterBuilder.binary_op
+    original_dot = InterpreterBuilder.create_dot
+
+    def cast(self: Any, source: TensorHandle, target: Any) -> TensorHandle:
+        if tl.bfloat16 not in (source.dtype.scalar, target.scalar):
+            return original_cast(self, source, target)
+        data = bf16_to_f32(source.data) if source.dtype.scalar == tl.bfloat16 else source.data
+        if target.scalar == tl.bfloat16:
+            return TensorHandle(f32_to_bf16(data.astype(np.float32)), tl.bfloat16)
+        return TensorHandle(data.astype(_get_np_dtype(target)), target.scalar)
+
+    def binary(self: Any, left: TensorHandle, right: TensorHandle, op: Any) -> TensorHandle:
+        if tl.bfloat16 not in (left.dtype.scalar, right.dtype.scalar):
+            return original_binary(self, left, right, op)
+        result = op(bf16_to_f32(left.data), bf16_to_f32(right.data))
+        if result.dtype == bool:
+            return TensorHandle(result, tl.int1)
+        return TensorHandle(f32_to_bf16(result), tl.bfloat16)
+
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, c: TensorHandle, *rest: Any) -> TensorHandle:
+        a, b = (
+            TensorHandle(bf16_to_f32(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)
+        )
+        return original_dot(self, a, b, c, *rest)
+
+    def fp_to_fp(self: Any, source: TensorHandle, target: Any, rounding: Any) -> TensorHandle:
+        return cast(self, source, target)
+
+    def get_bf16(self: Any, value: float) -> TensorHandle:
+        return TensorHandle(f32_to_bf16(np.array([value], np.float32)), tl.bfloat16)
+
+    original_run = GridExecutor.__call__
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        with np.errstate(all="ignore"):  # a GPU does not warn of overflow or NaN either
+            original_run(self, *args, **kwargs)
+
+    GridExecutor.__call__ = run
+    InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.get_bf16 = get_bf16
+    InterpreterBuilder.binary_op = binary
+    InterpreterBuilder.create_dot = dot
+    InterpreterBuilder.create_fp_to_fp = fp_to_fp
+    InterpreterBuilder.create_inline_asm = _inline_asm
+
+
+def bf16_to_f32(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(value: Array) -> Array:
+    """Bits, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(value), np.uint16(0x7FC0), rounded)
+
+
+class _Results:
+    """What the front end asks of an inline_asm operation."""
+
+    def __init__(self, handles: list[TensorHandle]):
+        self.handles = handles
+
+    def get_result(self, index: int) -> TensorHandle:
+        return self.handles[index]
+
+
+def _inline_asm(
+    self: Any, asm: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
+) -> _Results:
+    """Each run of `pack` neighbouring elements is one invocation; 16-bit ones share registers, low half first."""
+    shape = np.broadcast_shapes(*(value.data.shape for value in values))
+    registers: list[Array] = []
+    for value in values:
+        data = np.ascontiguousarray(np.broadcast_to(value.data, shape)).reshape(-1)
+        if pack * data.itemsize < 4:  # the rest of the register is zero
+            data = data.view(f"u{pack * data.itemsize}").astype(np.uint32)
+        registers += list(data.view(np.uint32).reshape(-1, max(1, pack * value.data.itemsize // 4)).T)
+    dtypes = [_get_np_dtype(t) for t in types]
+    counts = [pack * dtype.itemsize // 4 for dtype in dtypes]
+    assert len(constraints.split(",")) == sum(counts) + len(registers), "constraints do not match the operands"
+    outputs = run_ptx(asm, sum(counts), registers)
+    handles = []
+    for dtype, type_, count in zip(dtypes, types, counts, strict=True):
+        mine, outputs = outputs[:count], outputs[count:]
+        data = np.ascontiguousarray(np.stack(mine, axis=-1)).reshape(-1).view(dtype)
+        handles.append(TensorHandle(data.reshape(shape), type_.scalar))
+    return _Results(handles)
+
+
+def run_ptx(asm: str, output_count: int, inputs: list[Array]) -> list[Array]:
+    """Run straight-line PTX over arrays of 32-bit registers; $0.. are the outputs, then the inputs."""
+    size = inputs[0].size
+    registers: dict[str, Array] = {f"${output_count + i}": value for i, value in enumerate(inputs)}
+
+    def read(operand: str) -> Array:
+        if operand in registers:
+            return registers[operand]
+        number = int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0)
+        return np.full(size, number, np.uint32)
+
+    for line in asm.replace("{", "").replace("}", "").split(";"):
+        line = line.strip()
+        if not line or line.startswith(".reg"):
+            continue
+        name, operands = line.split(maxsplit=1)
+        target, *sources = re.split(r",\s*", operands)
+        registers[target] = _INSTRUCTIONS[name](*map(read, sources)).astype(np.uint32)
+    return [registers[f"${i}"] for i in range(output_count)]
+
+
+def _prmt(a: Array, b: Array, selector: Array) -> Array:
+    pool = [(word >> np.uint32(8 * i)) & 0xFF for word in (a, b) for i in range(4)]
+    result = np.zeros_like(a)
+    for i in range(4):
+        choice = (int(selector[0]) >> (4 * i)) & 0xF
+        assert choice < 8, "sign replication is not used"
+        result |= pool[choice] << np.uint32(8 * i)
+    return result
+
+
+def _lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+    result = np.zeros_like(a)
+    for row in range(8):
+        if int(table[0]) >> row & 1:
+            result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return result
+
+
+def _halves(word: Array) -> tuple[Array, Array]:
+    return (word & 0xFFFF).astype(np.uint16), (word >> 16).astype(np.uint16)
+
+
+def _join(low: Array, high: Array) -> Array:
+    return low.astype(np.uint32) | (high.astype(np.uint32) << 16)
+
+
+def _add_f16x2(a: Array, b: Array) -> Array:
+    pairs = zip(_halves(a), _halves(b), strict=True)
+    return _join(*((x.view(np.float16) + y.view(np.float16)).view(np.uint16) for x, y in pairs))
+
+
+def _fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
+    def fma(x: Array, y: Array, z: Array) -> Array:
+        exact = bf16_to_f32(x).astype(np.float64) * bf16_to_f32(y) + bf16_to_f32(z)
+        return f32_to_bf16(exact.astype(np.float32))
+
+    return _join(*(fma(*parts) for parts in zip(_halves(a), _halves(b), _halves(c), strict=True)))
+
+
+_INSTRUCTIONS = {
+    "mov.b32": lambda a: a.copy(),
+    "shr.b32": lambda a, n: a >> n,
+    "shl.b32": lambda a, n: a << n,
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+    "add.f16x2": _add_f16x2,
+    "fma.rn.bf16x2": _fma_bf16x2,
+    "add.f32": lambda a, b: (a.view(np.float32) + b.view(np.float32)).view(np.uint32),
+    "cvt.rn.bf16x2.f32": lambda high, low: _join(
+        f32_to_bf16(low.view(np.float32)), f32_to_bf16(high.view(np.float32))
+    ),
+}
