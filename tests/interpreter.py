@@ -96,9 +96,7 @@ def _inline_asm(
     registers: list[Array] = []
     for value in values:
         data = np.ascontiguousarray(np.broadcast_to(value.data, shape)).reshape(-1)
-        if pack * data.itemsize < 4:  # the rest of the register is zero
-            data = data.view(f"u{pack * data.itemsize}").astype(np.uint32)
-        registers += list(data.view(np.uint32).reshape(-1, max(1, pack * value.data.itemsize // 4)).T)
+        registers += list(data.view(np.uint32).reshape(-1, pack * data.itemsize // 4).T)
     dtypes = [_get_np_dtype(t) for t in types]
     counts = [pack * dtype.itemsize // 4 for dtype in dtypes]
     assert len(constraints.split(",")) == sum(counts) + len(registers), "constraints do not match the operands"

@@ -72,7 +72,9 @@ def test_golden_vectors() -> None:
     one = torch.zeros(1, 128, dtype=torch.uint8)
     one[0, 35] = 3
     assert _hex(packing.pack(one, 2)) == ["00000000", "00300000"] + ["00000000"] * 6
-    # 1 bit, K = 128: lanes of 8 bits, four to a word; k = 35 is bit 2 of lane 3: the top byte of word 0
+    # 1 bit, K = 256: k = 35 is bit 2 of lane 3
+    assert _hex(packing.pack(torch.cat([one // 3, one // 3], dim=1), 1)) == ["00000000", "04040000"] + ["00000000"] * 6
+    # 1 bit, K = 128 of a whole block's 256: lanes of one byte, four to a word; lane 3 is the top byte of word 0
     assert _hex(packing.pack(one // 3, 1)) == ["04000000", "00000000", "00000000", "00000000"]
     # 4 bits, K = 32 of a whole block's 128: lanes of one byte
     assert _hex(packing.pack((torch.arange(32) // 16 + 1).to(torch.uint8)[None], 4)) == ["21212121"] * 4

@@ -22,7 +22,7 @@ def unpack(packed: Array, bits: int, in_features: int) -> Array:
     start = low_bit = 0
     for b in (b for b in (8, 4, 2, 1) if bits & b):
         lane_bytes_in_row = -(-in_features * b // 128)
-        lane_bytes = {8: 4, 4: 4, 2: 2, 1: 1}[b]
+        lane_bytes = {8: 4, 4: 4, 2: 2, 1: 2}[b]
         for k in range(in_features):
             slot, lane = divmod(k, 16)
             bit_in_lane = slot * b

@@ -140,12 +140,9 @@ def _store_packed(
         whole = n_mask[:, None, None] & (lane_bytes == lane_bits(bits) // 8)
         if lane_bits(bits) == 32:
             tl.store(plane_ptr + block * 16 + lane, word, mask=whole)
-        elif lane_bits(bits) == 16:
+        else:
             word_ptr = plane_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
             tl.store(word_ptr + block * 16 + lane, word.to(tl.int16), mask=whole)
-        else:
-            word_ptr = plane_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
-            tl.store(word_ptr + block * 16 + lane, word.to(tl.int8), mask=whole)
         if k_start + TILE > K:  # the shorter last block
             byte_ptr = plane_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
             byte_ptr += block * (2 * lane_bits(bits)) + lane * lane_bytes

@@ -25,9 +25,8 @@ _MAGIC = tl.constexpr({"fp16": 0x6400, "bf16": 0x4300})
 
 @triton.constexpr_function
 def block_slots(BITS):
-    """Slots in a block, the same for every plane of a width."""
-    bits = _PLANES.value[BITS][0]
-    return 8 * _LANE_BYTES.value[bits] // bits
+    """Slots that are whole blocks in every plane."""
+    return max(8 * _LANE_BYTES.value[bits] // bits for bits in _PLANES.value[BITS])
 
 
 @triton.constexpr_function
@@ -52,9 +51,8 @@ def plane_shift(BITS, i):
     return sum(_PLANES.value[BITS][:i])
 
 
-# Neighbouring words, made into registers that hold 16 bits of each: the first in the low half, the second in the high.
-_PAIR_WORDS = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 0x7632;")
-_PAIR_BYTES = tl.constexpr("prmt.b32 $0, $1, 0, 0x4140;")
+# $2 and $3 are neighbouring words: $0 takes their low halves, $1 their high halves.
+_PAIR_HALVES = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 0x7632;")
 
 
 @triton.constexpr_function
@@ -67,7 +65,7 @@ def _slot_registers(BITS):
     first = [1]
     for i in range(3):
         bits = _PLANES.value[BITS][i if i < len(_PLANES.value[BITS]) else 0]
-        first.append(first[-1] + (2 if _LANE_BYTES.value[bits] == 4 else 1))
+        first.append(first[-1] + _LANE_BYTES.value[bits] // 2)
     return first
 
 
@@ -124,23 +122,17 @@ def load_words(
     bits: tl.constexpr,  # of the plane
     PTX: tl.constexpr,
 ):
-    """The words of the block that holds a slot, (rows, 16) int32, int16 or int8, ready for unpack_slot."""
+    """The words of the block that holds a slot, (rows, 16) int32 or int16, ready for unpack_slot."""
     index = slot * bits // lane_bits(bits) * 16 + tl.arange(0, 16)[None, :]
-    if lane_bits(bits) == 32:
+    if lane_bits(bits) == 16:
+        return tl.load(row_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=mask, other=0)
+    else:
         word = tl.load(row_ptr + index, mask=mask, other=0)
         if PTX:
             word = tl.inline_asm_elementwise(
-                _PAIR_WORDS, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2
+                _PAIR_HALVES, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2
             )
         return word
-    elif lane_bits(bits) == 16:
-        return tl.load(row_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=mask, other=0)
-    else:
-        word = tl.load(row_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + index, mask=mask, other=0)
-        if PTX:
-            return tl.inline_asm_elementwise(_PAIR_BYTES, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
-        else:
-            return word
 
 
 @triton.jit

@@ -23,6 +23,6 @@ class DequantizeConfig:
 class MatmulConfig:
     block_m: int  # at least 16
     block_n: int
-    blocks: int  # packed blocks (128 values of k, 64 for 8 bits) that a step of the main loop unpacks
+    blocks: int  # whole packed blocks (packing.block_columns values of k) that a step of the main loop unpacks
     num_warps: int
     num_stages: int
