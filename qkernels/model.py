@@ -247,7 +247,7 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
     plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     places = _places(model)
     layers = _check_fits_model(path, model, quantized, plain)
-    for name, (module, tensor) in layers.items():
+    for module, tensor in layers.items():
         old = module.weight
         target = "cpu" if old.is_meta else old.device
         layer = QuantLinear(tensor.to(target), module.bias).train(module.training)
@@ -269,8 +269,8 @@ def _quantized_weights(model: nn.Module) -> dict[str, QuantLinear]:
 
 def _check_fits_model(
     path: Path, model: nn.Module, quantized: Mapping[str, QTensor], plain: Mapping[str, Tensor]
-) -> dict[str, tuple[Any, QTensor]]:
-    """{name: (layer to replace, its new weight)}, if the file holds just what the model wants."""
+) -> dict[Any, QTensor]:
+    """{layer to replace: its new weight}, if the file holds just what the model wants."""
     wanted = dict(model.state_dict())
     layers = {}
     for name, tensor in quantized.items():
@@ -284,7 +284,7 @@ def _check_fits_model(
         if (module.out_features, module.in_features) != tensor.shape:
             shape = (module.out_features, module.in_features)
             raise FormatError(f"{path}: {name} is {tuple(tensor.shape)}, but the model's layer is {shape}")
-        layers[name] = module, tensor
+        layers[module] = tensor
         for suffix in ("", "_scale", "_zero"):
             wanted.pop(name + suffix, None)
     if unexpected := plain.keys() - wanted.keys():

@@ -27,21 +27,31 @@ def perplexity_against_size(
         original: (bytes, perplexity) unquantized.
         points: (scheme, bytes, perplexity) each.
     """
-    figure, (axes,) = _figure(1, (7.0, 4.6))
+    figure, (axes,) = _figure(1, (7.0, 4.8))
+    ceiling = 10 * original[1]  # beyond it a model is broken, and by how much does not matter
     axes.axhline(original[1], color=_GREY, linewidth=1, linestyle="--", zorder=0)
-    sizes = [size / 1e6 for _, size, _ in points]
     axes.text(
-        max(sizes), original[1], f"unquantized: {original[1]:.1f} at {original[0] / 1e6:.0f} MB",
-        ha="right", va="bottom", color=_GREY, fontsize=9,
+        0.01, original[1] * 0.98, f"unquantized: {original[1]:.1f} at {original[0] / 1e6:.0f} MB",
+        transform=axes.get_yaxis_transform(), ha="left", va="top", color=_GREY, fontsize=9,
     )  # fmt: skip
-    axes.scatter(sizes, [perplexity for _, _, perplexity in points], color=_BLUE, s=28, zorder=3)
+    labelled = []
+    for scheme, size, perplexity in points:
+        broken = perplexity > ceiling
+        label = f"{scheme} ({perplexity:.2g})" if broken else scheme
+        labelled.append((label, size / 1e6, min(perplexity, ceiling)))
+        marker, color = ("^", _RED) if broken else ("o", _BLUE)
+        axes.plot(size / 1e6, min(perplexity, ceiling), marker, color=color, markersize=5.5, zorder=3)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=original[1] * 0.7)
-    axes.margins(x=0.12)
-    for (scheme, size, perplexity), offset in zip(points, _label_offsets(axes, points), strict=True):
+    axes.set_ylim(original[1] * 0.8, ceiling * 1.15)
+    axes.set_xlim(min(x for _, x, _ in labelled) * 0.85, max(x for _, x, _ in labelled) * 1.15)
+    low, high = axes.get_ylim()
+    ticks = [m * 10**e for e in range(-2, 9) for m in (1, 1.5, 2, 3, 5, 7) if low <= m * 10**e <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    for (label, x, y), offset in _label_offsets(axes, labelled, original[1]):
         axes.annotate(
-            scheme, (size / 1e6, perplexity), xytext=offset, textcoords="offset points",
-            ha="left", va="center", fontsize=9, color=_INK,
+            label, (x, y), xytext=offset, textcoords="offset points", ha="left", va="center", fontsize=9, color=_INK,
+            arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
         )  # fmt: skip
     axes.set_xlabel("size of the linear layers, MB")
     axes.set_ylabel("perplexity (lower is better)")
@@ -49,17 +59,19 @@ def perplexity_against_size(
     _save(figure, path)
 
 
-def _label_offsets(axes: Any, points: Sequence[tuple[str, float, float]]) -> list[tuple[float, float]]:
-    """Where to put each label, in points from its dot: to the right, moved up until it is clear of earlier ones."""
+def _label_offsets(
+    axes: Any, labelled: Sequence[tuple[str, float, float]], line: float
+) -> list[tuple[tuple[str, float, float], tuple[float, float]]]:
+    """Each label with its offset from the dot, in points: to the right, raised until clear of the line and of labels below."""
     placed: list[tuple[float, float]] = []
     offsets = []
-    for _, size, perplexity in points:
-        x, y = axes.transData.transform((size / 1e6, perplexity)) * 72 / axes.figure.dpi
-        dy = 0.0
-        while any(abs(x - px) < 48 and abs(y + dy - py) < 11 for px, py in placed):
-            dy += 3.0
-        placed.append((x, y + dy))
-        offsets.append((6.0, dy))
+    for label, x, y in sorted(labelled, key=lambda item: item[2]):
+        at_x, at_y = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        line_y = axes.transData.transform((x, line))[1] * 72 / axes.figure.dpi
+        below = [line_y - 4, *(py for px, py in placed if abs(at_x - px) < 55)]
+        raised = max([at_y, *(py + 12 for py in below)])
+        placed.append((at_x, raised))
+        offsets.append(((label, x, y), (10.0, raised - at_y)))
     return offsets
 
 
@@ -90,24 +102,29 @@ def outlier_row(path: Path, layer: str, weight: Tensor, row: int, bits: int = 4,
     peak = int(weight[row].abs().argmax())
     start = max(0, min(peak // group * group - group, weight.shape[1] - 4 * group))
     columns = torch.arange(start, min(start + 4 * group, weight.shape[1]))
-    figure, panels = _figure(2, (9.0, 5.6), sharex=True)
+    shown = weight[row, columns]
+    limit = 3 * float(shown.abs().quantile(0.95))  # so that the many are seen; the few beyond are written out
+    figure, panels = _figure(2, (9.0, 5.6), sharex=True, sharey=True)
     schemes = ((f"w{bits}ts", "one scale for the whole tensor"), (f"w{bits}g{group}s", f"one scale per {group} weights"))
     for axes, (scheme, meaning) in zip(panels, schemes, strict=True):
         quantized = quantize(weight, scheme)
-        error = quantized.error(weight)
-        back = quantized.dequantize()[row, columns]
-        axes.plot(columns, weight[row, columns], color=_GREY, linewidth=1, label="weight", zorder=1)
-        axes.plot(columns, back, ".", color=_BLUE, markersize=3.5, label="quantized", zorder=3)
-        if scheme.startswith(f"w{bits}g"):
-            for boundary in range(start, int(columns[-1]) + 2, group):
-                axes.axvline(boundary - 0.5, color=_RED, linewidth=0.6, linestyle=":", zorder=0)
-        step = quantized.scale.float().max() if scheme.endswith("ts") else quantized.scale[:, row].float().median()
+        axes.plot(columns, shown, color=_GREY, linewidth=1, label="weight", zorder=1)
+        axes.plot(columns, quantized.dequantize()[row, columns], ".", color=_BLUE, markersize=4, label="quantized")
         axes.set_title(
-            f"{scheme}: {meaning}. Step {step:.3g}; SNR of the layer {error.snr_db:.1f} dB", loc="left", fontsize=10
+            f"{scheme}: {meaning}; {quantized.error(weight).snr_db:.1f} dB over the layer", loc="left", fontsize=10
         )
         axes.set_ylabel("value")
+        for k in columns[shown.abs() > limit].tolist():
+            value = float(weight[row, k])
+            axes.annotate(
+                f"{value:.2g}", (k, limit if value > 0 else -limit), xytext=(4, -4 if value > 0 else 4),
+                textcoords="offset points", va="top" if value > 0 else "bottom", fontsize=8, color=_RED,
+            )  # fmt: skip
+    for boundary in range(start, start + len(columns) + 1, group):
+        panels[1].axvline(boundary - 0.5, color=_RED, linewidth=0.6, linestyle=":", zorder=0)
+    panels[0].set_ylim(-limit, limit)
     panels[0].legend(loc="upper right", frameon=False, fontsize=9)
-    panels[1].set_xlabel(f"input feature k of {layer}, row {row}")
+    panels[1].set_xlabel(f"input feature k of {layer}, row {row}; dotted: where a group ends")
     _save(figure, path)
 
 

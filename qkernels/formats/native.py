@@ -37,7 +37,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     """Write tensors to a file, which appears whole or not at all.
 
     Raises:
-        ValueError: two tensors would get the same name in the file.
+        ValueError, TypeError: two tensors would get the same name in the file, or a value is no tensor.
         OSError: the file cannot be written; what was there before is still there.
     """
     from safetensors.torch import save_file
@@ -45,27 +45,25 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     stored: dict[str, Tensor] = {}
     weights: dict[str, Any] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
-
-    def store(name: str, tensor: Tensor) -> None:
-        if name in stored or name in aliases:
-            raise ValueError(f"two tensors would be stored as {name!r}")
-        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and memory in seen:
-            aliases[name] = seen[memory]
-        else:
-            seen[memory] = name
-            # clone: safetensors refuses tensors that overlap in memory, such as slices of one buffer
-            whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-            stored[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
-
+    seen: dict[object, str] = {}
+    taken: set[int] = set()
     for name, tensor in tensors.items():
-        if isinstance(tensor, QTensor):
+        quantized = isinstance(tensor, QTensor)
+        parts = dict(zip(("", "_scale", "_zero"), tensor.tensors if quantized else (tensor,), strict=False))
+        for suffix, part in parts.items():
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name!r} must be a Tensor or a QTensor, got {type(part).__name__}")
+            if name + suffix in stored or name + suffix in aliases:
+                raise ValueError(f"two tensors would be stored as {name + suffix!r}")
+        memory = tuple(_memory(part) for part in parts.values())
+        if memory in seen:
+            aliases[name] = seen[memory]
+            continue
+        seen[memory] = name
+        for suffix, part in parts.items():
+            stored[name + suffix] = _own_memory(part, taken)
+        if quantized:
             weights[name] = {"scheme": str(tensor.scheme), "shape": list(tensor.shape)}
-            for suffix, part in zip(("", "_scale", "_zero"), tensor.tensors, strict=False):
-                store(name + suffix, part)
-        else:
-            store(name, tensor)
 
     metadata = {
         "format": "pt",
@@ -82,6 +80,24 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _memory(tensor: Tensor) -> object:
+    """Equal for tensors that are the same; empty ones are only ever themselves."""
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _own_memory(tensor: Tensor, taken: set[int]) -> Tensor:
+    """The tensor, contiguous and alone in its storage, as safetensors wants it; taken are the storages so far."""
+    tensor = tensor.detach()
+    storage = tensor.untyped_storage()
+    if not tensor.is_contiguous() or storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    if tensor.numel():
+        taken.add(storage.data_ptr())
+    return tensor
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | QTensor]:
@@ -144,7 +160,8 @@ def _read_header(
         claimed |= parts
         weights[name] = scheme, shape
     for name, target in header["aliases"].items():
-        if name in names or target not in (names - claimed) | set(weights):
+        known = isinstance(target, str) and (target in weights or target in names - claimed)
+        if name in names or not known:
             raise FormatError(f"{path}: alias {name!r} must be a new name for a tensor in the file, got {target!r}")
     return weights, header["aliases"]
 

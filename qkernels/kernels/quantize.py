@@ -113,43 +113,56 @@ def _encode(
 
 
 @triton.jit
+def _store_plane(
+    plane_ptr,  # (BLOCK_N, 1, 1) int32 pointers to the start of a plane of each row
+    field,  # (BLOCK_N, TILE) int32
+    k_start,
+    n_mask,
+    K,
+    bits: tl.constexpr,  # of the plane
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    slots: tl.constexpr = lane_bits(bits) // bits
+    blocks: tl.constexpr = TILE // (16 * slots)
+    lane_bytes: tl.constexpr = lane_bits(bits) // 8
+    place = (tl.arange(0, slots) * bits)[None, None, :, None]
+    # The fields of a word do not overlap, so their sum is the word.
+    word = tl.sum(tl.reshape(field, (BLOCK_N, blocks, slots, 16)) << place, axis=2)  # (BLOCK_N, blocks, 16)
+
+    lane = tl.arange(0, 16)[None, None, :]
+    block = k_start // (16 * slots) + tl.arange(0, blocks)[None, :, None]
+    last_bytes = tl.cdiv(K * bits, 128) - block * lane_bytes  # that a lane of this block needs, if below lane_bytes
+    mask = n_mask[:, None, None]
+    if lane_bits(bits) == 32:
+        tl.store(plane_ptr + block * 16 + lane, word, mask=mask & (last_bytes >= lane_bytes))
+    else:
+        short_ptr = plane_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(short_ptr + block * 16 + lane, word.to(tl.int16), mask=mask & (last_bytes >= lane_bytes))
+    if k_start + TILE > K:
+        byte_ptr = plane_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+        byte_ptr += block * (16 * lane_bytes) + lane * last_bytes
+        for i in tl.static_range(lane_bytes - 1):
+            byte = ((word >> (8 * i)) & 255).to(tl.uint8)
+            tl.store(byte_ptr + i, byte, mask=mask & (last_bytes < lane_bytes) & (i < last_bytes))
+
+
+@triton.jit
 def _store_packed(
-    packed_ptr,  # (BLOCK_N,) int32 pointers to the first word of each row
+    row_ptr,  # (BLOCK_N,) int32 pointers to the first word of each row
     code,  # (BLOCK_N, TILE) int32, zero past K
     k_start,  # a multiple of TILE
     n_mask,
     K,
     BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,  # in k, whole blocks of every plane
+    TILE: tl.constexpr,  # along K: whole blocks of every plane
 ):
-    lane = tl.arange(0, 16)[None, None, :]
-    plane_ptr = packed_ptr[:, None, None]
+    plane_ptr = row_ptr[:, None, None]
     for i in tl.static_range(plane_count(BITS)):
-        bits: tl.constexpr = plane_bits(BITS, i)
-        slots: tl.constexpr = lane_bits(bits) // bits
-        blocks: tl.constexpr = TILE // (16 * slots)
-        field = (code >> plane_shift(BITS, i)) & (2**bits - 1)
-        place = (tl.arange(0, slots) * bits)[None, None, :, None]
-        # The fields of a word do not overlap, so their sum is the word.
-        word = tl.sum(tl.reshape(field, (BLOCK_N, blocks, slots, 16)) << place, axis=2)  # (BLOCK_N, blocks, 16)
-
-        block = k_start // (16 * slots) + tl.arange(0, blocks)[None, :, None]
-        row_lane_bytes = tl.cdiv(K * bits, 128)  # of a lane in all blocks of a row
-        lane_bytes = tl.minimum(row_lane_bytes - block * (lane_bits(bits) // 8), lane_bits(bits) // 8)
-        whole = n_mask[:, None, None] & (lane_bytes == lane_bits(bits) // 8)
-        if lane_bits(bits) == 32:
-            tl.store(plane_ptr + block * 16 + lane, word, mask=whole)
-        else:
-            word_ptr = plane_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-            tl.store(word_ptr + block * 16 + lane, word.to(tl.int16), mask=whole)
-        if k_start + TILE > K:  # the shorter last block
-            byte_ptr = plane_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-            byte_ptr += block * (2 * lane_bits(bits)) + lane * lane_bytes
-            for byte in tl.static_range(lane_bits(bits) // 8 - 1):
-                last = n_mask[:, None, None] & (lane_bytes < lane_bits(bits) // 8) & (byte < lane_bytes)
-                tl.store(byte_ptr + byte, ((word >> (8 * byte)) & 255).to(tl.uint8), mask=last)
-        plane_ptr += row_lane_bytes * 4
+        field = (code >> plane_shift(BITS, i)) & (2 ** plane_bits(BITS, i) - 1)
+        _store_plane(plane_ptr, field, k_start, n_mask, K, plane_bits(BITS, i), BLOCK_N, TILE)
+        plane_ptr += tl.cdiv(K * plane_bits(BITS, i), 128) * 4
 
 
 @triton.jit

@@ -192,8 +192,26 @@ def unpack_slot(
 
 
 @triton.jit
+def _load_plane(
+    plane_ptr,  # uint8 pointers to the start of a plane of each row
+    slot,
+    lane,
+    K,
+    mask,
+    bits: tl.constexpr,  # of the plane
+):
+    row_lane_bytes = tl.cdiv(K * bits, 128)  # of a lane, in all blocks of a row
+    bit = slot * bits  # of a lane, from the start of the row
+    block = bit // lane_bits(bits)
+    lane_bytes = tl.minimum(row_lane_bytes - block * (lane_bits(bits) // 8), lane_bits(bits) // 8)
+    offset = block * (2 * lane_bits(bits)) + lane * lane_bytes + bit % lane_bits(bits) // 8
+    byte = tl.load(plane_ptr + offset, mask=mask, other=0).to(tl.int32)
+    return (byte >> (bit % 8)) & (2**bits - 1)
+
+
+@triton.jit
 def load_codes(
-    row_ptr,  # pointer to the first byte (uint8) of each row
+    row_ptr,  # uint8 pointers to the first byte of each row
     slot,  # int32: which 16 of a row's k
     lane,  # int32: which of the 16
     K,
@@ -201,17 +219,8 @@ def load_codes(
     BITS: tl.constexpr,
 ):
     """Codes by their byte addresses, int32: any slot of a row, the shorter last block too. Shapes broadcast."""
-    code = slot * 0 + lane * 0
-    plane_ptr = row_ptr
-    shift: tl.constexpr = 0
-    for i in tl.static_range(plane_count(BITS)):
-        bits: tl.constexpr = plane_bits(BITS, i)
-        row_lane_bytes = tl.cdiv(K * bits, 128)  # of a lane in all blocks of a row
-        bit = slot * bits  # of a lane, from the start of the row
-        block = bit // lane_bits(bits)
-        lane_bytes = tl.minimum(row_lane_bytes - block * (lane_bits(bits) // 8), lane_bits(bits) // 8)
-        offset = block * (2 * lane_bits(bits)) + lane * lane_bytes + bit % lane_bits(bits) // 8
-        byte = tl.load(plane_ptr + offset, mask=mask, other=0).to(tl.int32)
-        code |= ((byte >> (bit % 8)) & (2**bits - 1)) << plane_shift(BITS, i)
-        plane_ptr += row_lane_bytes * 16
+    code = _load_plane(row_ptr, slot, lane, K, mask, plane_bits(BITS, 0))
+    for i in tl.static_range(1, plane_count(BITS)):
+        row_ptr += tl.cdiv(K * plane_bits(BITS, i - 1), 128) * 16
+        code |= _load_plane(row_ptr, slot, lane, K, mask, plane_bits(BITS, i)) << plane_shift(BITS, i)
     return code
