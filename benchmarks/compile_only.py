@@ -4,8 +4,9 @@
         matmul(x, packed, ...)                    # meta tensors will do: nothing runs
     launches[0].sass.loop_instructions
 
-A stand-in for Triton's driver reports the wanted compute capability and records each launch. So what is compiled has the
-constants, the alignments and the options of the real call. `cuobjdump` and `nvdisasm`, which come with Triton, do the rest.
+A stand-in for Triton's driver reports the wanted compute capability and records each launch. So what is compiled has
+the constants, the alignments and the options of the real call. `cuobjdump` and `nvdisasm`, which come with Triton, do
+the rest.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Launch:
 
     @functools.cached_property
     def sass(self) -> Sass:
+        """Counts from the machine code."""
         return disassemble(self.cubin)
 
 

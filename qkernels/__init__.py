@@ -1,8 +1,8 @@
 """Blockwise affine quantization and fused dequantize-matmul: Triton kernels as torch ops, with a plain-torch oracle.
 
-    q = qkernels.quantize(w, "w4g128")     # QTensor: packed codes, scales, zeros
-    y = F.linear(x, q)                     # runs on the packed codes, CPU or GPU
-    report = qkernels.quantize_model(model, "w4g128")
+q = qkernels.quantize(w, "w4g128")     # QTensor: packed codes, scales, zeros
+y = F.linear(x, q)                     # runs on the packed codes, CPU or GPU
+report = qkernels.quantize_model(model, "w4g128")
 """
 
 from qkernels.formats.native import FormatError

@@ -85,9 +85,10 @@ def _quantize(options: argparse.Namespace) -> None:
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
-    from qkernels import FormatError, Scheme, tables
+    from qkernels import tables
+    from qkernels.checks import DTYPES
     from qkernels.formats import native
-    from qkernels.ops import DTYPES
+    from qkernels.scheme import Scheme
     from qkernels.tensor import quantize
 
     scheme = Scheme.parse(options.scheme)
@@ -96,7 +97,7 @@ def _quantize(options: argparse.Namespace) -> None:
     try:
         with open(options.input, "rb"), safe_open(options.input, framework="pt") as file:
             if "qkernels" in (file.metadata() or {}):
-                raise FormatError(f"{options.input}: already quantized; see qkernels inspect")
+                raise native.FormatError(f"{options.input}: already quantized; see qkernels inspect")
             for name in tqdm(list(file.keys()), desc="quantizing", unit="tensor"):
                 tensor = file.get_tensor(name)
                 skipped = any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skip)
@@ -110,7 +111,7 @@ def _quantize(options: argparse.Namespace) -> None:
                 before += tensor.nbytes
                 after += tensors[name].nbytes
     except SafetensorError as error:
-        raise FormatError(f"{options.input}: not a whole safetensors file: {error}") from None
+        raise native.FormatError(f"{options.input}: not a whole safetensors file: {error}") from None
     if not before:
         raise ValueError(f"{options.input} holds no 2-D floating weight that --skip leaves")
     native.write(options.output, tensors)
@@ -119,8 +120,9 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from qkernels import QTensor, tables
+    from qkernels import tables
     from qkernels.formats import native
+    from qkernels.tensor import QTensor
 
     rows = []
     tensors = native.read(options.file)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import reference, tables
+from qkernels.checks import DTYPES
 from qkernels.formats import native
 from qkernels.formats.native import FormatError, Path
 from qkernels.nn import QuantLinear
-from qkernels.ops import DTYPES
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.tensor import QTensor, QuantizationError
 
@@ -45,6 +45,7 @@ class LayerReport:
 
     @property
     def weights(self) -> int:
+        """How many."""
         return self.shape[0] * self.shape[1]
 
 
@@ -64,14 +65,17 @@ class QuantizationReport:
 
     @property
     def original_bytes(self) -> int:
+        """Of the float weights that were quantized."""
         return sum(layer.original_bytes for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
+        """Of their codes, scales and zeros."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
+        """8 nbytes over the number of quantized weights."""
         return 8 * self.nbytes / max(1, sum(layer.weights for layer in self.layers))
 
     @property
@@ -170,7 +174,9 @@ def _plan(
         raise ValueError(f"model ({type(model).__name__}) holds no nn.Linear to quantize")
     for pattern in [*(skip if skip is not DEFAULT_SKIP else ()), *parsed]:
         if not fnmatch.filter(linears, pattern):
-            raise ValueError(f"pattern {pattern!r} fits no nn.Linear of the model; names are like {next(iter(linears))!r}")
+            raise ValueError(
+                f"pattern {pattern!r} fits no nn.Linear of the model; names are like {next(iter(linears))!r}"
+            )
     plan: dict[str, tuple[nn.Linear, Scheme]] = {}
     skipped = []
     for name, linear in linears.items():
@@ -291,9 +297,7 @@ def _check_fits_model(
         raise FormatError(f"{path}: {min(unexpected)} is not in the model ({len(unexpected)} such tensors)")
     if missing := wanted.keys() - plain.keys():
         raise FormatError(f"{path}: {min(missing)}, which the model wants, is missing ({len(missing)} such tensors)")
-    for name, tensor in plain.items():
-        if tensor.shape != wanted[name].shape:
-            raise FormatError(
-                f"{path}: {name} is {tuple(tensor.shape)}, but the model's is {tuple(wanted[name].shape)}"
-            )
+    for name, value in plain.items():
+        if value.shape != wanted[name].shape:
+            raise FormatError(f"{path}: {name} is {tuple(value.shape)}, but the model's is {tuple(wanted[name].shape)}")
     return layers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qkernels import ops
@@ -18,8 +17,8 @@ class QuantLinear(nn.Module):
 
     The codes and what goes with them are parameters without gradient, because sharding, offloading and
     tensor-parallel tools move parameters only: `weight` (packed, int32), `weight_scale` and, unless the scheme is
-    symmetric, `weight_zero` (uint8 zeros or float offsets). `.half()`, `.to(dtype)` and the like convert the bias alone:
-    another scale would be another weight. x may be float16, bfloat16 or float32, and y has its dtype.
+    symmetric, `weight_zero` (uint8 zeros or float offsets). `.half()`, `.to(dtype)` and the like convert the bias
+    alone: another scale would be another weight. x may be float16, bfloat16 or float32, and y has its dtype.
 
     Args:
         weight: the quantized weight (out_features, in_features).
@@ -71,6 +70,7 @@ class QuantLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """What repr shows between the parentheses."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme='{self.scheme}'"

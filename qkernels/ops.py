@@ -1,4 +1,4 @@
-"""The torch.library ops: schema, checks, fake, CPU, CUDA, autocast and autograd of each, in one place.
+"""The torch.library ops: schema, fake, CPU, CUDA, autocast and autograd of each, in one place.
 
     qkernels::quantize    w (N, K)                     -> packed, scale, zero
     qkernels::dequantize  packed, scale, zero          -> w (N, K)
@@ -13,18 +13,16 @@ part of a decode step: torch.library.custom_op and register_autograd each add se
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels import packing, reference
-from qkernels.scheme import Scheme, as_scheme
+from qkernels.checks import check_activation, check_dequantize, check_quantize, check_weight
+from qkernels.scheme import as_scheme
 from qkernels.tuning import choose
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of weights, activations, scales and offsets
 
 _library = torch.library.Library("qkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -34,7 +32,8 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    "matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, str scheme, SymInt in_features) -> Tensor",
+    "matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, str scheme, SymInt in_features)"
+    " -> Tensor",
     tags=_TAGS,
 )
 _quantize_op = torch.ops.qkernels.quantize.default
@@ -42,99 +41,15 @@ _dequantize_op = torch.ops.qkernels.dequantize.default
 _matmul_op = torch.ops.qkernels.matmul.default
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
-
-
-class _Layout(NamedTuple):
-    """What the tensors of a quantized (N, K) weight must look like."""
-
-    scheme: Scheme
-    packed: tuple[int, int]
-    scale: tuple[int, int]
-    zero_dtypes: tuple[torch.dtype, ...]  # empty for symmetric schemes
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(scheme: str, out_features: int, in_features: int) -> _Layout:
-    parsed = as_scheme(scheme)
-    if not 0 <= in_features < 2**28:  # kernels count the bits of a row in int32
-        raise ValueError(f"in_features must be from 0 to 2**28 - 1, got {in_features}")
-    return _Layout(
-        parsed,
-        (out_features, packing.packed_words(parsed.bits, in_features)),
-        parsed.scale_shape(out_features, in_features),
-        {"symmetric": (), "affine": (torch.uint8,), "offset": DTYPES}[parsed.value_map],
-    )
-
-
-def check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int) -> Scheme:
-    """The parsed scheme, if the tensors are a quantized weight with in_features input features.
-
-    Raises:
-        ValueError: a tensor has another shape, dtype or device than the scheme asks for.
-    """
-    # Host time is part of every matmul: on the way through, each attribute of a tensor is read once.
-    shape = packed.shape
-    layout = _layout(scheme, shape[0] if shape else 0, in_features)
-    if shape != layout.packed or packed.dtype is not torch.int32:
-        raise _weight_error("packed", f"{layout.packed} int32", scheme, in_features, packed)
-    if scale.shape != layout.scale or scale.dtype not in DTYPES:
-        raise _weight_error("scale", f"{layout.scale} floating", scheme, in_features, scale)
-    if zero is None:
-        if layout.zero_dtypes:
-            raise _weight_error("zero", f"{layout.scale}", scheme, in_features, zero)
-    elif not layout.zero_dtypes:
-        raise _weight_error("zero", "None", scheme, in_features, zero)
-    elif zero.shape != layout.scale or zero.dtype not in layout.zero_dtypes:
-        dtype = "uint8" if layout.zero_dtypes == (torch.uint8,) else "floating"
-        raise _weight_error("zero", f"{layout.scale} {dtype}", scheme, in_features, zero)
-    device = packed.get_device()
-    if scale.get_device() != device or (zero is not None and zero.get_device() != device):
-        found = ", ".join(str(t.device) for t in (packed, scale, zero) if t is not None)
-        raise ValueError(f"packed, scale and zero must be on one device, got {found}")
-    return layout.scheme
-
-
-def _weight_error(name: str, wanted: str, scheme: str, in_features: int, got: Tensor | None) -> ValueError:
-    found = "None" if got is None else f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')}"
-    return ValueError(f"{name} must be {wanted} for scheme {scheme!r} with K = {in_features}, got {found}")
-
-
-def _check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
-    """Raise TypeError or ValueError unless x, and bias if any, can meet the weight."""
-    shape = x.shape
-    if not shape or shape[-1] != in_features:
-        raise ValueError(f"x must be (..., K) with K = {in_features}, got {tuple(shape)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
-    if x.device != packed.device:
-        raise ValueError(f"x is on {x.device} but packed is on {packed.device}")
-    if bias is not None:
-        if bias.shape != packed.shape[:1] or bias.dtype not in DTYPES:
-            found = f"{tuple(bias.shape)} {str(bias.dtype).removeprefix('torch.')}"
-            raise ValueError(f"bias must be ({packed.shape[0]},) floating, got {found}")
-        if bias.device != x.device:
-            raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
-
-
-def _check_quantize(w: Tensor, scheme: str) -> Scheme:
-    parsed = as_scheme(scheme)
-    if w.ndim != 2:
-        raise ValueError(f"w must be 2-D (out_features, in_features), got shape {tuple(w.shape)}")
-    if w.dtype not in DTYPES:
-        raise TypeError(f"w must be float16, bfloat16 or float32, got {w.dtype}")
-    return parsed
-
-
-# ---- quantize ---------------------------------------------------------------------------------------------------------
+# ---- quantize ----
 
 
 def _quantize_cpu(w: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _no_none(*reference.quantize(w, _check_quantize(w, scheme)))
+    return _no_none(*reference.quantize(w, check_quantize(w, scheme)))
 
 
 def _quantize_cuda(w: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
-    parsed = _check_quantize(w, scheme)
+    parsed = check_quantize(w, scheme)
     if w.numel() == 0:
         return _no_none(*reference.quantize(w, parsed))
     from qkernels.kernels import quantize as kernel
@@ -155,7 +70,7 @@ def _quantize_cuda(w: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantize_fake(w: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
-    parsed = _check_quantize(w, scheme)
+    parsed = check_quantize(w, scheme)
     out_features, in_features = w.shape
     packed = w.new_empty((out_features, packing.packed_words(parsed.bits, in_features)), dtype=torch.int32)
     scale = w.new_empty(parsed.scale_shape(out_features, in_features), dtype=parsed.scale_dtype)
@@ -168,20 +83,20 @@ def _no_none(packed: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor
     return packed, scale, packed.new_empty(0, dtype=torch.uint8) if zero is None else zero
 
 
-# ---- dequantize -------------------------------------------------------------------------------------------------------
+# ---- dequantize ----
 
 
 def _dequantize_cpu(
     packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    parsed = _check_dequantize(packed, scale, zero, scheme, in_features, dtype)
+    parsed = check_dequantize(packed, scale, zero, scheme, in_features, dtype)
     return reference.dequantize(packed, scale, zero, parsed, in_features, dtype)
 
 
 def _dequantize_cuda(
     packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    parsed = _check_dequantize(packed, scale, zero, scheme, in_features, dtype)
+    parsed = check_dequantize(packed, scale, zero, scheme, in_features, dtype)
     if packed.shape[0] == 0 or in_features == 0:
         return packed.new_empty((packed.shape[0], in_features), dtype=dtype)
     from qkernels.kernels import dequantize as kernel
@@ -196,15 +111,7 @@ def _dequantize_fake(
     return packed.new_empty((packed.shape[0], in_features), dtype=dtype)
 
 
-def _check_dequantize(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int, dtype: torch.dtype
-) -> Scheme:
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    return check_weight(packed, scale, zero, scheme, in_features)
-
-
-# ---- matmul -----------------------------------------------------------------------------------------------------------
+# ---- matmul ----
 
 
 def _matmul_cpu(
@@ -217,7 +124,7 @@ def _matmul_cpu(
     in_features: int,
 ) -> Tensor:
     parsed = check_weight(packed, scale, zero, scheme, in_features)
-    _check_activation(x, packed, bias, in_features)
+    check_activation(x, packed, bias, in_features)
     return reference.matmul(x, packed, scale, zero, bias, parsed)
 
 
@@ -231,7 +138,7 @@ def _matmul_cuda(
     in_features: int,
 ) -> Tensor:
     parsed = check_weight(packed, scale, zero, scheme, in_features)
-    _check_activation(x, packed, bias, in_features)
+    check_activation(x, packed, bias, in_features)
     out_features = packed.shape[0]
     tokens = x.reshape(-1, in_features) if in_features else x.new_empty((x.shape[:-1].numel(), 0))
     if tokens.shape[0] == 0 or out_features == 0 or in_features == 0:
@@ -257,7 +164,7 @@ def _matmul_fake(
     scheme: str,
     in_features: int,
 ) -> Tensor:
-    _check_activation(x, packed, bias, in_features)
+    check_activation(x, packed, bias, in_features)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
@@ -265,18 +172,18 @@ class _MatmulFunction(torch.autograd.Function):
     """Gradients for x and bias; codes, scales and zeros are constants."""
 
     @staticmethod
-    def forward(x, packed, scale, zero, bias, scheme, in_features):  # type: ignore[no-untyped-def, override]
+    def forward(x, packed, scale, zero, bias, scheme, in_features):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
             return _matmul_op(x, packed, scale, zero, bias, scheme, in_features)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def, override]
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         _, packed, scale, zero, bias, ctx.scheme, ctx.in_features = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(packed, scale, zero)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = grad @ _dequantize_op(*ctx.saved_tensors, ctx.scheme, ctx.in_features, grad.dtype)
@@ -285,7 +192,7 @@ class _MatmulFunction(torch.autograd.Function):
         return x_grad, None, None, None, bias_grad, None, None
 
 
-# ---- registration -----------------------------------------------------------------------------------------------------
+# ---- registration ----
 
 
 def _direct_matmul(x: Tensor) -> Callable[..., Tensor] | None:
@@ -312,11 +219,11 @@ _grad_enabled = torch.is_grad_enabled
 def _matmul_autograd(*args: Any) -> Tensor:
     x, bias = args[0], args[4]
     if _needs_gradient(x, bias):
-        return _MatmulFunction.apply(*args)  # type: ignore[no-any-return]
+        return _MatmulFunction.apply(*args)
     if direct := _direct_matmul(x):
         return direct(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return _matmul_op(*args)  # type: ignore[no-any-return]
+        return _matmul_op(*args)
 
 
 def _constant_autograd(op: Any) -> Any:
@@ -338,7 +245,7 @@ def _matmul_autocast(
     dtype = torch.get_autocast_dtype(device)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         bias = None if bias is None else bias.to(dtype)
-        return _matmul_op(x.to(dtype), packed, scale, zero, bias, *rest)  # type: ignore[no-any-return]
+        return _matmul_op(x.to(dtype), packed, scale, zero, bias, *rest)
 
 
 def _register() -> None:
@@ -360,7 +267,7 @@ def _register() -> None:
 _register()
 
 
-# ---- Python fronts ----------------------------------------------------------------------------------------------------
+# ---- Python fronts ----
 
 
 def quantize(w: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -370,8 +277,8 @@ def quantize(w: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor | None]:
         w: (N, K) float16, bfloat16 or float32, finite.
         scheme: such as "w4g128".
     Returns:
-        packed (N, words) int32, laid out as packing.py says; scale (groups, N), (1, 1) per tensor, in the scheme's scale
-        dtype; zero like scale: uint8 zeros, float offsets, or None.
+        packed (N, words) int32, laid out as packing.py says; scale (groups, N), (1, 1) per tensor, in the scheme's
+        scale dtype; zero like scale: uint8 zeros, float offsets, or None.
     Raises:
         ValueError, TypeError: w is not such a tensor, holds NaN or infinity, or a scale overflows its dtype.
     """
@@ -383,7 +290,7 @@ def dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The weights (N, K) that the codes stand for: float32 arithmetic, rounded once to dtype."""
-    return _dequantize_op(packed, scale, zero, scheme, in_features, dtype)  # type: ignore[no-any-return]
+    return _dequantize_op(packed, scale, zero, scheme, in_features, dtype)
 
 
 def matmul(
@@ -407,7 +314,7 @@ def matmul(
         direct = _direct_matmul(x)
         if direct is not None:
             return direct(x, packed, scale, zero, bias, scheme, in_features)
-    return _matmul_op(x, packed, scale, zero, bias, scheme, in_features)  # type: ignore[no-any-return]
+    return _matmul_op(x, packed, scale, zero, bias, scheme, in_features)
 
 
 _any_autocast = torch._C._is_any_autocast_enabled

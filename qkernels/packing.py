@@ -4,9 +4,9 @@ A b-bit code is split into planes of 8, 4, 2 or 1 bits, low bits first, so that 
 
     1 = 1    2 = 2    3 = 2+1    4 = 4    5 = 4+1    6 = 4+2    7 = 4+2+1    8 = 8
 
-Each plane of a row is a run of blocks. A block is 16 lanes; a lane is a little-endian word, of 32 bits in planes of 8 and
-4 bits and of 16 bits in planes of 2 and 1. A word holds fields of b bits, low bits first: the slots. Slot t of the 16
-words is 16 *consecutive* k, and the slots follow each other. So in a 4-bit plane, k = 128 block + 16 t + lane:
+Each plane of a row is a run of blocks. A block is 16 lanes; a lane is a little-endian word, of 32 bits in planes of 8
+and 4 bits and of 16 bits in planes of 2 and 1. A word holds fields of b bits, low bits first: the slots. Slot t of the
+16 words is 16 *consecutive* k, and the slots follow each other. So in a 4-bit plane, k = 128 block + 16 t + lane:
 
                       bits 31..28  27..24         7..4       3..0
                      +-----------+---------+   +---------+---------+
@@ -18,8 +18,8 @@ words is 16 *consecutive* k, and the slots follow each other. So in a 4-bit plan
                         slot 7      slot 6        slot 1    slot 0
 
 and `(word >> 4 * t) & 15` over the 16 words is one 16-wide step of a matrix product, against a contiguous slice of x,
-whatever the architecture: no lane ever trades data with another. Blocks cover 64, 128, 128 and 256 values of k in planes
-of 8, 4, 2 and 1 bits.
+whatever the architecture: no lane ever trades data with another. Blocks cover 64, 128, 128 and 256 values of k in
+planes of 8, 4, 2 and 1 bits.
 
 The last block of a row is shorter where its codes need fewer bytes: its lanes have as many bytes as they need, so a
 plane takes 16 * ceil(K * b / 128) bytes of each row. Fields past K are zero. The planes of a row follow each other,

@@ -62,7 +62,7 @@ def perplexity_against_size(
 def _label_offsets(
     axes: Any, labelled: Sequence[tuple[str, float, float]], line: float
 ) -> list[tuple[tuple[str, float, float], tuple[float, float]]]:
-    """Each label with its offset from the dot, in points: to the right, raised until clear of the line and of labels below."""
+    """Each label with its offset from the dot, in points: to its right, clear of the line and of other labels."""
     placed: list[tuple[float, float]] = []
     offsets = []
     for label, x, y in sorted(labelled, key=lambda item: item[2]):
@@ -105,7 +105,10 @@ def outlier_row(path: Path, layer: str, weight: Tensor, row: int, bits: int = 4,
     shown = weight[row, columns]
     limit = 3 * float(shown.abs().quantile(0.95))  # so that the many are seen; the few beyond are written out
     figure, panels = _figure(2, (9.0, 5.6), sharex=True, sharey=True)
-    schemes = ((f"w{bits}ts", "one scale for the whole tensor"), (f"w{bits}g{group}s", f"one scale per {group} weights"))
+    schemes = (
+        (f"w{bits}ts", "one scale for the whole tensor"),
+        (f"w{bits}g{group}s", f"one scale per {group} weights"),
+    )
     for axes, (scheme, meaning) in zip(panels, schemes, strict=True):
         quantized = quantize(weight, scheme)
         axes.plot(columns, shown, color=_GREY, linewidth=1, label="weight", zorder=1)

@@ -125,11 +125,11 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Ten
     """Codes (N, K) uint8: for each weight the nearest level of its group; halfway goes to the even step."""
     code = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     for (view, groups), (out, _) in zip(_by_group(w, scheme), _by_group(code, scheme), strict=True):
-        step, base = _per_group(scale, groups), _per_group(zero, groups)
+        step, base = _per_group(scale, groups), _base(zero, groups, scheme)
         if scheme.value_map == "offset":
             level = torch.round((view.float() - base) / step)
         else:
-            level = torch.round(view.float() / step) + (scheme.center if base is None else base)
+            level = torch.round(view.float() / step) + base
         out.copy_(level.clamp(scheme.code_min, scheme.code_max))
     return code
 
@@ -138,17 +138,17 @@ def decode(code: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> 
     """Weights (N, K) float32 of codes: scale * (code - zero), or scale * code + offset with two roundings."""
     w = code.float()
     for view, groups in _by_group(w, scheme):
-        step, base = _per_group(scale, groups), _per_group(zero, groups)
+        step, base = _per_group(scale, groups), _base(zero, groups, scheme)
         if scheme.value_map == "offset":
             view.mul_(step).add_(base)
         else:
-            view.sub_(scheme.center if base is None else base).mul_(step)
+            view.sub_(base).mul_(step)
     return w
 
 
 def _by_group(matrix: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, slice]]:
     """Views (N, groups, group length) of a contiguous (N, K), with the groups they are: whole ones, a shorter last."""
-    rows, in_features = matrix.shape
+    in_features = matrix.shape[1]
     length = max(1, scheme.group_length(in_features))
     whole = in_features // length
     if whole:
@@ -157,9 +157,14 @@ def _by_group(matrix: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, slice]]:
         yield matrix[:, whole * length :].unsqueeze(1), slice(whole, whole + 1)
 
 
-def _per_group(values: Tensor | None, groups: slice) -> Tensor | None:
+def _per_group(values: Tensor, groups: slice) -> Tensor:
     """Rows `groups` of a (groups, N) tensor as float32 (N, groups, 1), to meet the views of _by_group."""
-    return None if values is None else values[groups].T.float().unsqueeze(-1)
+    return values[groups].T.float().unsqueeze(-1)
+
+
+def _base(zero: Tensor | None, groups: slice, scheme: Scheme) -> Tensor | int:
+    """Zeros or offsets of groups, like _per_group; the one zero of a symmetric scheme."""
+    return scheme.center if zero is None else _per_group(zero, groups)
 
 
 def _round_toward(value: Tensor, dtype: torch.dtype, *, up: bool) -> Tensor:

@@ -31,7 +31,9 @@ GROUP_MULTIPLE = 16
 
 _MAP_SUFFIX: dict[ValueMap, str] = {"affine": "", "symmetric": "s", "offset": "f"}
 _DTYPE_SUFFIX = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_PATTERN = re.compile(r"w(?P<bits>[0-9]+)(?:(?P<unit>[ct])|g(?P<group>[0-9]+))(?P<map>[sf]?)(?:-(?P<dtype>fp16|bf16|fp32))?")
+_PATTERN = re.compile(
+    r"w(?P<bits>[0-9]+)(?:(?P<unit>[ct])|g(?P<group>[0-9]+))(?P<map>[sf]?)(?:-(?P<dtype>fp16|bf16|fp32))?"
+)
 
 ACCEPTED = (
     "'w<bits 1..8>', then 't' (one scale per tensor), 'c' (per output channel) or 'g<size>' (per group of <size> "
@@ -108,11 +110,12 @@ class Scheme:
 
     @property
     def code_min(self) -> int:
-        """Lowest code that quantizing produces. Symmetric leaves code 0 unused, so that +absmax and -absmax both fit."""
+        """Lowest code that quantizing gives. Symmetric leaves code 0 unused, so that +absmax and -absmax both fit."""
         return 1 if self.value_map == "symmetric" else 0
 
     @property
     def code_max(self) -> int:
+        """Highest code."""
         return 2**self.bits - 1
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import ops
+from qkernels import checks, ops
 from qkernels.scheme import Scheme, as_scheme
 
 
@@ -44,9 +44,7 @@ class QuantizationError:
 
     def __add__(self, other: QuantizationError) -> QuantizationError:
         """The error of two weights together."""
-        return QuantizationError(
-            self.signal + other.signal, self.noise + other.noise, max(self.largest, other.largest)
-        )
+        return QuantizationError(self.signal + other.signal, self.noise + other.noise, max(self.largest, other.largest))
 
     def __repr__(self) -> str:
         return f"QuantizationError(snr_db={self.snr_db:.2f}, relative={self.relative:.4g}, largest={self.largest:.4g})"
@@ -76,14 +74,16 @@ class QTensor:
     in_features: int
 
     def __post_init__(self) -> None:
-        ops.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features)
+        checks.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features)
 
     @property
     def shape(self) -> torch.Size:
+        """(out_features, in_features) = (N, K)."""
         return torch.Size((self.packed.shape[0], self.in_features))
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are."""
         return self.packed.device
 
     @property
@@ -153,10 +153,12 @@ class TransposedQTensor:
 
     @property
     def shape(self) -> torch.Size:
+        """(in_features, out_features) = (K, N)."""
         return torch.Size(reversed(self.source.shape))
 
     @property
     def T(self) -> QTensor:  # noqa: N802 - as in torch
+        """The QTensor that this is the transpose of."""
         return self.source
 
     @classmethod
@@ -171,9 +173,7 @@ class TransposedQTensor:
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's name
     if not isinstance(weight, QTensor):
         raise TypeError(f"F.linear takes a QTensor as its weight, got one as another argument of {type(weight)}")
-    return ops.matmul(
-        input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features
-    )
+    return ops.matmul(input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features)
 
 
 def quantize(w: Tensor, scheme: str | Scheme) -> QTensor:

@@ -1,4 +1,4 @@
-"""What several test files need: operands with known truth, and the GPU path of the ops on whatever runs kernels here."""
+"""What several test files need: operands whose values are known exactly."""
 
 from __future__ import annotations
 

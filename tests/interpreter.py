@@ -1,8 +1,8 @@
 """Teach Triton's interpreter bfloat16 and inline PTX, so that every path of a kernel can be proved without a GPU.
 
 As shipped (3.6 to 3.9) the interpreter keeps bfloat16 as raw uint16: `tl.dot`, arithmetic and integer casts then return
-garbage without a word, and float32 to bfloat16 truncates. Inline assembly raises. Here bfloat16 goes through float32 with
-round-to-nearest-even, and the few PTX instructions that qkernels uses are carried out, each as the PTX ISA defines it.
+garbage without a word, and float32 to bfloat16 truncates. Inline assembly raises. Here bfloat16 goes through float32
+with round-to-nearest-even, and the few PTX instructions that qkernels uses are carried out as the PTX ISA defines them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def install() -> None:
         return TensorHandle(f32_to_bf16(result), tl.bfloat16)
 
     def dot(self: Any, a: TensorHandle, b: TensorHandle, c: TensorHandle, *rest: Any) -> TensorHandle:
-        a, b = (
-            TensorHandle(bf16_to_f32(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)
-        )
+        a, b = (TensorHandle(bf16_to_f32(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return original_dot(self, a, b, c, *rest)
 
     def fp_to_fp(self: Any, source: TensorHandle, target: Any, rounding: Any) -> TensorHandle:
@@ -178,7 +176,5 @@ _INSTRUCTIONS = {
     "add.f16x2": _add_f16x2,
     "fma.rn.bf16x2": _fma_bf16x2,
     "add.f32": lambda a, b: (a.view(np.float32) + b.view(np.float32)).view(np.uint32),
-    "cvt.rn.bf16x2.f32": lambda high, low: _join(
-        f32_to_bf16(low.view(np.float32)), f32_to_bf16(high.view(np.float32))
-    ),
+    "cvt.rn.bf16x2.f32": lambda high, low: _join(f32_to_bf16(low.view(np.float32)), f32_to_bf16(high.view(np.float32))),
 }

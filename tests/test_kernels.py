@@ -162,7 +162,7 @@ def test_empty_products(shape: tuple[int, int, int], device: str) -> None:
     assert _matmul(torch.empty(2, 0, 5, K).half(), weight, None, device).shape == (2, 0, 5, N)
 
 
-# ---- quantize and dequantize ------------------------------------------------------------------------------------------
+# ---- quantize and dequantize ----
 
 
 def _quantize(w: Tensor, scheme: str, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -266,4 +266,4 @@ def test_empty_weights(device: str) -> None:
             found = _quantize(torch.empty(shape), scheme, device)
             _assert_same_bits(found, reference.quantize(torch.empty(shape), parsed), scheme)
             args = [None if t is None else t.to(device) for t in found]
-            assert ops._dequantize_cuda(*args, scheme, shape[1], torch.float16).shape == shape  # type: ignore[arg-type]
+            assert ops._dequantize_cuda(*args, scheme, shape[1], torch.float16).shape == shape

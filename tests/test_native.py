@@ -88,7 +88,7 @@ def test_bad_things_to_write_are_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="two tensors would be stored as 'a_scale'"):
         native.write(tmp_path / "file", {"a": _weight(), "a_scale": torch.ones(1)})
     with pytest.raises(TypeError, match="'a' must be a Tensor or a QTensor, got list"):
-        native.write(tmp_path / "file", {"a": [1.0]})  # type: ignore[dict-item]
+        native.write(tmp_path / "file", {"a": [1.0]})
     with pytest.raises(OSError, match="No such file"):
         native.write(tmp_path / "nowhere" / "file", {"a": torch.ones(1)})
     assert os.listdir(tmp_path) == []
@@ -100,7 +100,7 @@ def test_a_new_file_has_the_usual_permissions(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-# ---- hostile files ----------------------------------------------------------------------------------------------------
+# ---- hostile files ----
 
 GOOD = {"scheme": "w4g32", "shape": [6, 80]}
 
@@ -159,7 +159,8 @@ HOSTILE: dict[str, tuple[dict[str, Tensor], dict[str, str] | None, str]] = {
         _changed(a_zero=NAN_SCALE), {"qkernels": _header({"a": {**GOOD, "scheme": "w4g32f"}})}, "a_zero holds NaN",
     ),
     "one part of two weights": (
-        {**_parts(), "a_scale_scale": torch.ones(1)}, {"qkernels": _header({"a": GOOD, "a_scale": {**GOOD, "scheme": "w4ts"}})},
+        {**_parts(), "a_scale_scale": torch.ones(1)},
+        {"qkernels": _header({"a": GOOD, "a_scale": {**GOOD, "scheme": "w4ts"}})},
         "a_scale belongs to two weights",
     ),
     "alias of nothing": (_parts(), {"qkernels": _header({"a": GOOD}, {"b": "c"})}, "alias 'b' must be"),

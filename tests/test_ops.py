@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels import QuantLinear, ops, reference
+from qkernels import QuantLinear, checks, ops, reference
 from qkernels.scheme import Scheme
 from tests.helpers import Weight, exact_weight, random_weight, signs
 
@@ -47,7 +47,7 @@ def test_quantize_and_dequantize_pass_opcheck(weight: Weight) -> None:
 
 
 def test_the_front_and_the_op_are_the_oracle(weight: Weight) -> None:
-    for dtype in ops.DTYPES:
+    for dtype in checks.DTYPES:
         x, bias = torch.randn(2, 3, 96).to(dtype), torch.randn(12).to(dtype)
         wanted = _reference(x, weight, bias)
         assert torch.equal(ops.matmul(x, *_args(weight), bias, str(weight.scheme), 96), wanted)
@@ -151,7 +151,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones(weight: Weight) -> None:
     with FakeTensorMode() as mode:
         args = [None if t is None else mode.from_tensor(t) for t in _args(weight)]
         x = torch.empty(2, 5, 96, dtype=torch.float16)
-        y = ops.matmul(x, *args, None, str(weight.scheme), 96)  # type: ignore[arg-type]
+        y = ops.matmul(x, *args, None, str(weight.scheme), 96)
         assert (y.shape, y.dtype) == ((2, 5, 12), torch.float16)
         packed, scale, zero = ops.quantize(torch.empty(12, 96), str(weight.scheme))
         for found, wanted in zip((packed, scale, zero), _args(weight), strict=True):
@@ -184,7 +184,11 @@ BAD_MATMUL = {
     "another packed dtype": (dict(packed=torch.zeros(12, 12)), ValueError, r"packed must be .* got \(12, 12\) float32"),
     "short packed": (dict(packed=torch.zeros(12, 11).int()), ValueError, r"packed must be \(12, 12\) int32"),
     "1-D packed": (dict(packed=torch.zeros(12).int()), ValueError, r"packed must be"),
-    "transposed scale": (dict(scale=torch.ones(12, 3)), ValueError, r"scale must be \(3, 12\) floating .* got \(12, 3\)"),
+    "transposed scale": (
+        dict(scale=torch.ones(12, 3)),
+        ValueError,
+        r"scale must be \(3, 12\) floating .* got \(12, 3\)",
+    ),
     "integer scale": (dict(scale=torch.ones(3, 12).int()), ValueError, r"scale must be \(3, 12\) floating"),
     "float zero": (dict(zero=torch.ones(3, 12)), ValueError, r"zero must be \(3, 12\) uint8 .* float32"),
     "no zero": (dict(zero=None), ValueError, r"zero must be \(3, 12\).* got None"),
@@ -202,7 +206,13 @@ def test_bad_arguments_of_matmul_are_named(name: str) -> None:
     change, error, message = BAD_MATMUL[name]
     weight = random_weight("w4g32", 12, 96)
     args: dict[str, Any] = dict(
-        x=torch.randn(3, 96), packed=weight.packed, scale=weight.scale, zero=weight.zero, bias=None, scheme="w4g32", in_features=96
+        x=torch.randn(3, 96),
+        packed=weight.packed,
+        scale=weight.scale,
+        zero=weight.zero,
+        bias=None,
+        scheme="w4g32",
+        in_features=96,
     )
     args.update(change)
     with pytest.raises(error, match=message):
@@ -219,14 +229,14 @@ def test_bad_arguments_of_the_others_are_named() -> None:
     weight = random_weight("w4g32", 12, 96)
     with pytest.raises(TypeError, match=r"dtype must be .* got torch\.float64"):
         ops.dequantize(*_args(weight), "w4g32", 96, torch.float64)
-    with pytest.raises(ValueError, match=r"dequantize: packed must be \(12, 8\)"):
+    with pytest.raises(ValueError, match=r"packed must be \(12, 8\)"):
         ops.dequantize(*_args(weight), "w4g32", 64, torch.float32)
 
 
 def test_a_scheme_string_is_parsed_once() -> None:
-    ops._layout.cache_clear()
+    checks._layout.cache_clear()
     weight = random_weight("w4g32", 12, 96)
     for _ in range(3):
         ops.matmul(torch.randn(1, 96), *_args(weight), None, "w4g32", 96)
-    assert ops._layout.cache_info().misses == 1
-    assert ops._layout("w4g32", 12, 96).scheme == Scheme(4, 32)
+    assert checks._layout.cache_info().misses == 1
+    assert checks._layout("w4g32", 12, 96).scheme == Scheme(4, 32)

@@ -40,7 +40,7 @@ def _check_quantized(w: torch.Tensor, scheme: Scheme) -> None:
     levels = np.arange(scheme.code_min, scheme.code_max + 1)
     base = scheme.center if z is None else z
 
-    def value(q: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def value(q: np.ndarray) -> np.ndarray:
         return s * q + base if scheme.value_map == "offset" else s * (q - base)
 
     # Spread the extremes of each group over its weights.

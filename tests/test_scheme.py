@@ -39,7 +39,12 @@ def test_strings_mean_what_they_say(
     text: str, bits: int, group_size: object, value_map: str, dtype: torch.dtype
 ) -> None:
     scheme = Scheme.parse(text)
-    assert (scheme.bits, scheme.group_size, scheme.value_map, scheme.scale_dtype) == (bits, group_size, value_map, dtype)
+    assert (scheme.bits, scheme.group_size, scheme.value_map, scheme.scale_dtype) == (
+        bits,
+        group_size,
+        value_map,
+        dtype,
+    )
     assert str(scheme) == text
 
 
@@ -58,21 +63,21 @@ def test_bad_fields_are_named() -> None:
     with pytest.raises(ValueError, match="bits must be from 1 to 8, got 9"):
         Scheme(9, 128)
     with pytest.raises(TypeError, match="bits must be an int"):
-        Scheme(4.0, 128)  # type: ignore[arg-type]
+        Scheme(4.0, 128)
     with pytest.raises(ValueError, match="multiple of 16, got 20"):
         Scheme(4, 20)
     with pytest.raises(ValueError, match="'channel' or 'tensor', got 'row'"):
-        Scheme(4, "row")  # type: ignore[arg-type]
+        Scheme(4, "row")
     with pytest.raises(TypeError, match=r"group_size must be .* got 64\.0"):
-        Scheme(4, 64.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="value_map must be one of .* got 'log'"):
-        Scheme(4, 64, "log")  # type: ignore[arg-type]
+        Scheme(4, 64.0)
+    with pytest.raises(ValueError, match=r"value_map must be one of .* got 'log'"):
+        Scheme(4, 64, "log")
     with pytest.raises(ValueError, match=r"scale_dtype must be one of .* got torch\.float64"):
         Scheme(4, 64, "affine", torch.float64)
     with pytest.raises(ValueError, match="one bit has no level on both sides of zero"):
         Scheme(1, 64, "symmetric")
     with pytest.raises(TypeError, match="a scheme string is a str, got int"):
-        as_scheme(4)  # type: ignore[arg-type]
+        as_scheme(4)
 
 
 def test_codes_of_a_symmetric_scheme_are_balanced_around_its_center() -> None:

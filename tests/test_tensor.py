@@ -22,10 +22,10 @@ def test_a_quantized_weight_stands_in_for_the_weight(w: torch.Tensor, scheme: st
     q = qkernels.quantize(w, scheme)
     x, bias = torch.randn(2, 5, 96), torch.randn(24)
     dense = q.dequantize()
-    torch.testing.assert_close(F.linear(x, q), F.linear(x, dense))  # type: ignore[arg-type]
-    torch.testing.assert_close(F.linear(x, q, bias), F.linear(x, dense, bias))  # type: ignore[arg-type]
-    torch.testing.assert_close(F.linear(input=x, weight=q, bias=bias), F.linear(x, dense, bias))  # type: ignore[arg-type]
-    for product in (x @ q.T, torch.matmul(x, q.T), x.matmul(q.T)):  # type: ignore[operator, arg-type]
+    torch.testing.assert_close(F.linear(x, q), F.linear(x, dense))
+    torch.testing.assert_close(F.linear(x, q, bias), F.linear(x, dense, bias))
+    torch.testing.assert_close(F.linear(input=x, weight=q, bias=bias), F.linear(x, dense, bias))
+    for product in (x @ q.T, torch.matmul(x, q.T), x.matmul(q.T)):
         torch.testing.assert_close(product, x @ dense.T)
     assert q.T.shape == (96, 24)
     assert q.T.T is q
@@ -73,17 +73,17 @@ def test_dequantize_in_each_dtype(w: torch.Tensor) -> None:
 def test_other_functions_say_what_is_supported(w: torch.Tensor) -> None:
     q = qkernels.quantize(w, "w4g32")
     with pytest.raises(TypeError, match=r"does not support add; it supports F\.linear\(x, q, bias\) and x @ q\.T"):
-        torch.add(w, q)  # type: ignore[call-overload]
+        torch.add(w, q)
     with pytest.raises(TypeError, match="does not support matmul"):
-        torch.matmul(w, q)  # type: ignore[arg-type]
+        torch.matmul(w, q)
     with pytest.raises(TypeError, match=r"QTensor\.T does not support matmul; it supports x @ q\.T"):
-        torch.matmul(q.T, w)  # type: ignore[arg-type]
+        torch.matmul(q.T, w)
     with pytest.raises(TypeError):
-        w @ q  # type: ignore[operator]
+        w @ q
     with pytest.raises(TypeError, match="takes a QTensor as its weight"):
-        F.linear(q, w)  # type: ignore[arg-type]
+        F.linear(q, w)
     with pytest.raises(ValueError, match=r"x must be .* K = 96, got \(2, 95\)"):
-        F.linear(torch.randn(2, 95), q)  # type: ignore[arg-type]
+        F.linear(torch.randn(2, 95), q)
 
 
 def test_parts_that_do_not_fit_are_refused(w: torch.Tensor) -> None:
@@ -104,17 +104,17 @@ def test_copies_and_pickles(w: torch.Tensor) -> None:
 def test_in_compiled_code_and_inference_mode(w: torch.Tensor) -> None:
     torch._dynamo.reset()
     q, x = qkernels.quantize(w, "w4g32"), torch.randn(3, 96)
-    wanted = F.linear(x, q)  # type: ignore[arg-type]
+    wanted = F.linear(x, q)
     for dynamic in (False, True):
-        function = torch.compile(lambda x: F.linear(x, q), fullgraph=True, dynamic=dynamic, backend="aot_eager")  # type: ignore[arg-type]
+        function = torch.compile(lambda x: F.linear(x, q), fullgraph=True, dynamic=dynamic, backend="aot_eager")
         torch.testing.assert_close(function(x), wanted)
     product = torch.compile(lambda x: x @ q.T, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(product(x), wanted)
     with torch.inference_mode():
-        torch.testing.assert_close(F.linear(x, q), wanted)  # type: ignore[arg-type]
+        torch.testing.assert_close(F.linear(x, q), wanted)
 
 
-# ---- QuantLinear ------------------------------------------------------------------------------------------------------
+# ---- QuantLinear ----
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,6 +1,6 @@
 """The truth that oracle and kernels are held to: numpy in float64 and int64, with an unpacker of its own.
 
-Nothing here imports qkernels: what the layout, the value maps and the rounding rules mean is written down a second time.
+Nothing here imports qkernels: what the layout, the value maps and the rounding rules mean is written down again.
 """
 
 from __future__ import annotations

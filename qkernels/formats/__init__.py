@@ -1,0 +1,1 @@
+"""Files: from checkpoints to QTensors and back."""

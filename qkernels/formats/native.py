@@ -48,8 +48,8 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     seen: dict[object, str] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
-        quantized = isinstance(tensor, QTensor)
-        parts = dict(zip(("", "_scale", "_zero"), tensor.tensors if quantized else (tensor,), strict=False))
+        own = tensor.tensors if isinstance(tensor, QTensor) else (tensor,)
+        parts = dict(zip(("", "_scale", "_zero"), own, strict=False))
         for suffix, part in parts.items():
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name!r} must be a Tensor or a QTensor, got {type(part).__name__}")
@@ -62,7 +62,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
         seen[memory] = name
         for suffix, part in parts.items():
             stored[name + suffix] = _own_memory(part, taken)
-        if quantized:
+        if isinstance(tensor, QTensor):
             weights[name] = {"scheme": str(tensor.scheme), "shape": list(tensor.shape)}
 
     metadata = {
@@ -194,9 +194,11 @@ def _read_weight(path: Path, file: Any, name: str, scheme: Scheme, shape: tuple[
         raise FormatError(f"{path}: {name}: metadata says {shape[0]} rows, the packed tensor has {weight.shape[0]}")
     if not torch.isfinite(scale).all():
         raise FormatError(f"{path}: {name}_scale holds NaN or infinity")
-    if scheme.value_map == "offset" and not torch.isfinite(zero).all():
+    if zero is None or not zero.numel():
+        return weight
+    if not torch.isfinite(zero).all():
         raise FormatError(f"{path}: {name}_zero holds NaN or infinity")
-    if scheme.value_map == "affine" and zero.numel() and (largest := int(zero.max())) > scheme.code_max:
+    if scheme.value_map == "affine" and (largest := int(zero.max())) > scheme.code_max:
         raise FormatError(f"{path}: {name}_zero holds {largest}, but zeros of {scheme} are at most {scheme.code_max}")
     return weight
 

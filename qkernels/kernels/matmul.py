@@ -132,7 +132,7 @@ def matmul_kernel(
         zero = _load_zero(zero_col, n_mask, ZERO)
         zero_op = zero_operand(zero, x_ptr, BITS, PTX)
 
-    for step in range(0, K // (16 * STEP)):
+    for step in range(K // (16 * STEP)):
         for t in tl.static_range(STEP):
             slot = step * STEP + t
             if t * plane_bits(BITS, 0) % lane_bits(plane_bits(BITS, 0)) == 0:
@@ -160,9 +160,7 @@ def matmul_kernel(
                 x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")  # in every row: already where acc wants it
             if GROUP != 0:
                 if t % CHUNK == CHUNK - 1:
-                    acc = _add_group(
-                        acc, part, x_sum, scale_col + group, zero_col + group, n_mask, CENTER, VALUE_MAP
-                    )
+                    acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, n_mask, CENTER, VALUE_MAP)
 
     if HAS_TAIL:
         row_bytes = plane0.to(tl.pointer_type(tl.uint8), bitcast=True)

@@ -68,19 +68,17 @@ def _scale_and_zero(
 ):
     """(scale, zero or offset), float32: what reference.scale_and_zero does."""
     CODE_MAX: tl.constexpr = 2**BITS - 1
+    STEPS: tl.constexpr = 2 ** (BITS - 1) - 1 if VALUE_MAP == "symmetric" else CODE_MAX
     if VALUE_MAP == "symmetric":
         high = tl.maximum(-low, high)
         low = tl.zeros_like(high)
-        steps: tl.constexpr = 2 ** (BITS - 1) - 1
     elif VALUE_MAP == "affine":
         low = tl.minimum(low, 0.0)
         high = tl.maximum(high, 0.0)
-        steps: tl.constexpr = CODE_MAX
     else:
         low = _round_toward(low, dtype, False)
-        steps: tl.constexpr = CODE_MAX
     # Halves, because high - low may overflow.
-    exact = tl.div_rn(high * 0.5 - low * 0.5, tl.full(low.shape, steps, tl.float32)) * 2.0
+    exact = tl.div_rn(high * 0.5 - low * 0.5, tl.full(low.shape, STEPS, tl.float32)) * 2.0
     smallest = tl.full((1,), _smallest_positive_bits(dtype), tl.int32).to(tl.float32, bitcast=True)
     scale = tl.where(high > low, tl.maximum(_round_toward(exact, dtype, True), smallest), 1.0)
     if VALUE_MAP == "affine":

@@ -59,8 +59,8 @@ _PAIR_HALVES = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 
 def _slot_registers(BITS):
     """First register of each of the three planes in a slot's assembly, then of the zero operand; $0 is the result.
 
-    A pair of int32 words is two registers, low halves and high halves; a pair of int16 words is one. Planes that a width
-    does not have repeat the first.
+    A pair of int32 words is two registers, low halves and high halves; a pair of int16 words is one. Planes that a
+    width does not have repeat the first.
     """
     first = [1]
     for i in range(3):
@@ -129,9 +129,7 @@ def load_words(
     else:
         word = tl.load(row_ptr + index, mask=mask, other=0)
         if PTX:
-            word = tl.inline_asm_elementwise(
-                _PAIR_HALVES, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2
-            )
+            word = tl.inline_asm_elementwise(_PAIR_HALVES, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2)
         return word
 
 

@@ -1,0 +1,1 @@
+"""How kernels are configured, and which configuration a problem gets."""

@@ -25,6 +25,7 @@ def group_fits_tile(scheme: Scheme, in_features: int) -> bool:
 
 
 def quantize(scheme: Scheme, in_features: int) -> QuantizeConfig:
+    """For the kernels of quantize.py: about 4096 weights for each program."""
     tile = block_columns(scheme.bits)
     if group_fits_tile(scheme, in_features):
         tile = max(tile, _power_of_two(scheme.group_length(in_features)))
@@ -32,10 +33,12 @@ def quantize(scheme: Scheme, in_features: int) -> QuantizeConfig:
 
 
 def dequantize() -> DequantizeConfig:
+    """For the kernel of dequantize.py: one for all."""
     return DequantizeConfig(block_n=8, block_k=512, num_warps=4)
 
 
 def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
+    """For the kernel of matmul.py and x of so many tokens."""
     if tokens <= 16:
         return MatmulConfig(block_m=16, block_n=64, blocks=1, num_warps=2, num_stages=3)
     return MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3)

@@ -8,12 +8,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
+    """Of quantize_kernel and encode_kernel."""
+
     block_n: int
     num_warps: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DequantizeConfig:
+    """Of dequantize_kernel."""
+
     block_n: int
     block_k: int
     num_warps: int
@@ -21,6 +25,8 @@ class DequantizeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MatmulConfig:
+    """Of matmul_kernel."""
+
     block_m: int  # at least 16
     block_n: int
     blocks: int  # whole packed blocks (packing.block_columns values of k) that a step of the main loop unpacks

@@ -1,0 +1,107 @@
+"""What every op demands of its arguments, checked before anything is allocated: which one, what it is, what it must be.
+
+Host time is part of every matmul, so on the way through each attribute of a tensor is read once.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkernels import packing
+from qkernels.scheme import Scheme, as_scheme
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of weights, activations, scales and offsets
+
+
+class _Layout(NamedTuple):
+    """What the tensors of a quantized (N, K) weight must look like."""
+
+    scheme: Scheme
+    packed: tuple[int, int]
+    scale: tuple[int, int]
+    zero_dtypes: tuple[torch.dtype, ...]  # empty for symmetric schemes
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(scheme: str, out_features: int, in_features: int) -> _Layout:
+    parsed = as_scheme(scheme)
+    if not 0 <= in_features < 2**28:  # kernels count the bits of a row in int32
+        raise ValueError(f"in_features must be from 0 to 2**28 - 1, got {in_features}")
+    return _Layout(
+        parsed,
+        (out_features, packing.packed_words(parsed.bits, in_features)),
+        parsed.scale_shape(out_features, in_features),
+        {"symmetric": (), "affine": (torch.uint8,), "offset": DTYPES}[parsed.value_map],
+    )
+
+
+def check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int) -> Scheme:
+    """The parsed scheme, if the tensors are a quantized weight with in_features input features.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device than the scheme asks for.
+    """
+    shape = packed.shape
+    layout = _layout(scheme, shape[0] if shape else 0, in_features)
+    if shape != layout.packed or packed.dtype is not torch.int32:
+        raise _weight_error("packed", f"{layout.packed} int32", scheme, in_features, packed)
+    if scale.shape != layout.scale or scale.dtype not in DTYPES:
+        raise _weight_error("scale", f"{layout.scale} floating", scheme, in_features, scale)
+    if zero is None:
+        if layout.zero_dtypes:
+            raise _weight_error("zero", f"{layout.scale}", scheme, in_features, zero)
+    elif not layout.zero_dtypes:
+        raise _weight_error("zero", "None", scheme, in_features, zero)
+    elif zero.shape != layout.scale or zero.dtype not in layout.zero_dtypes:
+        dtype = "uint8" if layout.zero_dtypes == (torch.uint8,) else "floating"
+        raise _weight_error("zero", f"{layout.scale} {dtype}", scheme, in_features, zero)
+    device = packed.get_device()
+    if scale.get_device() != device or (zero is not None and zero.get_device() != device):
+        found = ", ".join(str(t.device) for t in (packed, scale, zero) if t is not None)
+        raise ValueError(f"packed, scale and zero must be on one device, got {found}")
+    return layout.scheme
+
+
+def _weight_error(name: str, wanted: str, scheme: str, in_features: int, got: Tensor | None) -> ValueError:
+    found = "None" if got is None else f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')}"
+    return ValueError(f"{name} must be {wanted} for scheme {scheme!r} with K = {in_features}, got {found}")
+
+
+def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
+    """Raise TypeError or ValueError unless x, and bias if any, can meet the weight."""
+    shape = x.shape
+    if not shape or shape[-1] != in_features:
+        raise ValueError(f"x must be (..., K) with K = {in_features}, got {tuple(shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device} but packed is on {packed.device}")
+    if bias is not None:
+        if bias.shape != packed.shape[:1] or bias.dtype not in DTYPES:
+            found = f"{tuple(bias.shape)} {str(bias.dtype).removeprefix('torch.')}"
+            raise ValueError(f"bias must be ({packed.shape[0]},) floating, got {found}")
+        if bias.device != x.device:
+            raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
+
+
+def check_quantize(w: Tensor, scheme: str) -> Scheme:
+    """The parsed scheme, if w can be quantized at all; NaN and infinity are found on the way."""
+    parsed = as_scheme(scheme)
+    if w.ndim != 2:
+        raise ValueError(f"w must be 2-D (out_features, in_features), got shape {tuple(w.shape)}")
+    if w.dtype not in DTYPES:
+        raise TypeError(f"w must be float16, bfloat16 or float32, got {w.dtype}")
+    return parsed
+
+
+def check_dequantize(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int, dtype: torch.dtype
+) -> Scheme:
+    """The parsed scheme, if the tensors are a quantized weight and dtype is one of weights."""
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+    return check_weight(packed, scale, zero, scheme, in_features)
