@@ -72,4 +72,5 @@ def rounded(exact: Array, dtype: torch.dtype) -> Tensor:
         inexact = near.astype(np.float64) != exact
         odd = np.where(inexact, toward_zero | 1, bits).astype(np.int32).view(np.float32)
         return torch.from_numpy(odd).to(torch.bfloat16)
-    return torch.from_numpy(exact.astype(np.float16 if dtype is torch.float16 else np.float32))
+    with np.errstate(over="ignore"):  # to infinity, as it should
+        return torch.from_numpy(exact.astype(np.float16 if dtype is torch.float16 else np.float32))

@@ -217,5 +217,6 @@ def matmul(
             BLOCKS=config.blocks,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=config.max_registers,
         )  # fmt: skip
     return y

@@ -6,10 +6,11 @@ shared memory within the smallest limit.
 
 import torch
 
-from qkernels.packing import block_columns
+from qkernels.packing import PLANES, block_columns
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import DequantizeConfig, MatmulConfig, QuantizeConfig
 
+_ALL_REGISTERS = 255  # that a thread can have
 _LARGEST_TILE = 8192  # weights of one row that a quantizing program holds in registers
 
 
@@ -39,9 +40,12 @@ def dequantize() -> DequantizeConfig:
 
 def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     """For the kernel of matmul.py and x of so many tokens."""
-    if tokens <= 16:
-        return MatmulConfig(block_m=16, block_n=64, blocks=1, num_warps=2, num_stages=3)
-    return MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3)
+    block_m, block_n = (16, 64) if tokens <= 16 else (32, 32)
+    # Left to itself, ptxas aims at a step of occupancy, and spills a register or two of the larger bodies to reach it.
+    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or dtype is torch.float32
+    return MatmulConfig(
+        block_m, block_n, blocks=1, num_warps=2, num_stages=3, max_registers=_ALL_REGISTERS if large else None
+    )
 
 
 def _power_of_two(n: int) -> int:

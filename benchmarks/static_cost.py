@@ -1,0 +1,231 @@
+"""What kernels cost by their machine code alone, for any GPU, on a machine that has none.
+
+    python -m benchmarks.static_cost                      # the usual schemes on every supported GPU
+    python -m benchmarks.static_cost --targets 90 --schemes w4g128 w3g64f --dtypes float16 --tokens 1 64
+    python -m benchmarks.static_cost --all --targets 80   # every width, value map and kind of group there
+
+The exit status is 1 if anything spills.
+
+What is compiled is what a launch of the ops would compile, with the configuration that choose.py gives it.
+Instructions per weight are those of one thread, summed over threads: of the main loop for matmul, of the whole program
+for quantize and dequantize.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+
+from benchmarks.compile_only import SHARED_MEMORY_BYTES, compile_only
+from qkernels import packing
+from qkernels.scheme import Scheme
+from qkernels.tuning import choose
+
+TARGETS = tuple(SHARED_MEMORY_BYTES)
+MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")  # of 16-bit floats: Ampere to consumer Blackwell, Hopper, Blackwell
+DTYPES = ("float16", "bfloat16", "float32")
+KERNELS = ("matmul", "quantize", "dequantize")
+Kernel = Literal["matmul", "quantize", "dequantize"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One launch on one GPU.
+
+    Attributes:
+        kernel: which.
+        scheme: as a string.
+        capability: of the GPU, such as 90.
+        dtype: of x, or of the weights: "float16", "bfloat16" or "float32".
+        tokens: M, of matmul.
+        in_features: K; the default is a whole number of blocks and groups.
+    """
+
+    kernel: Kernel
+    scheme: str
+    capability: int
+    dtype: str
+    tokens: int = 1
+    in_features: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the machine code of a problem tells."""
+
+    registers: int  # per thread
+    stack_bytes: int  # per thread: spills
+    shared_bytes: int  # per program
+    instructions_per_weight: float
+    opcodes: collections.Counter[str]  # of the whole kernel, by stem
+    ptx: str = dataclasses.field(repr=False)
+
+    @property
+    def mma(self) -> int:
+        """Tensor-core instructions in the code."""
+        return sum(self.opcodes[name] for name in MMA_OPCODES)
+
+
+def cost(problem: Problem) -> Cost:
+    """Compile a problem; not in a process where Triton interprets.
+
+    Raises:
+        RuntimeError: the kernel does not compile for the target, or wants more shared memory than it has.
+    """
+    scheme = Scheme.parse(problem.scheme)
+    try:
+        with compile_only(problem.capability) as launches:
+            threads_per_weight = _launch(problem, scheme)
+    except Exception as error:
+        raise RuntimeError(f"{problem} does not compile: {type(error).__name__}: {error}") from error
+    (launch,) = launches
+    sass = launch.sass
+    counted = sass.loop_instructions if problem.kernel == "matmul" else sass.instructions
+    return Cost(
+        registers=sass.registers,
+        stack_bytes=sass.stack_bytes,
+        shared_bytes=launch.shared_bytes,
+        instructions_per_weight=counted * threads_per_weight,
+        opcodes=sass.opcodes,
+        ptx=launch.ptx,
+    )
+
+
+def _launch(problem: Problem, scheme: Scheme) -> float:
+    """Launch on meta tensors; threads per weight of what is counted."""
+    from qkernels.kernels import dequantize, matmul, quantize
+
+    N, K = 4096, problem.in_features
+    dtype: torch.dtype = getattr(torch, problem.dtype)
+    w = torch.empty(N, K, dtype=dtype, device="meta")
+    if problem.kernel == "quantize":
+        quantize_config = choose.quantize(scheme, K)
+        if choose.group_fits_tile(scheme, K):
+            quantize.quantize(w, scheme, quantize_config)
+            tile = max(scheme.group_length(K), packing.block_columns(scheme.bits))
+        else:
+            quantize.encode(w, *_scale_and_zero(scheme, N, K), scheme, quantize_config)
+            tile = packing.block_columns(scheme.bits)
+        return quantize_config.num_warps * 32 / (quantize_config.block_n * tile)
+    packed = torch.empty(N, packing.packed_words(scheme.bits, K), dtype=torch.int32, device="meta")
+    scale, zero = _scale_and_zero(scheme, N, K)
+    if problem.kernel == "dequantize":
+        config = choose.dequantize()
+        dequantize.dequantize(packed, scale, zero, scheme, K, dtype, config)
+        return config.num_warps * 32 / (config.block_n * config.block_k)
+    x = torch.empty(problem.tokens, K, dtype=dtype, device="meta")
+    matmul_config = choose.matmul(problem.tokens, scheme, dtype)
+    matmul.matmul(x, packed, scale, zero, None, scheme, matmul_config)
+    block_k = matmul_config.blocks * packing.block_columns(scheme.bits)
+    return matmul_config.num_warps * 32 / (matmul_config.block_n * block_k)
+
+
+def _scale_and_zero(scheme: Scheme, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    scale = torch.empty(scheme.scale_shape(N, K), dtype=scheme.scale_dtype, device="meta")
+    return scale, None if scheme.zero_dtype is None else torch.empty_like(scale, dtype=scheme.zero_dtype)
+
+
+def compiler(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that compile even where this one interprets: `compiler().submit(cost, problem)`."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        # Processes start with the first jobs, and keep the environment of that moment.
+        concurrent.futures.wait([pool.submit(os.getpid) for _ in range(workers)])
+        return pool
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+def every_problem(targets: Iterable[int] = TARGETS) -> Iterator[Problem]:
+    """Every width, value map, kind of group and dtype that choose.py can meet."""
+    maps = [(bits, suffix) for bits in range(1, 9) for suffix in ("", "s", "f") if (bits, suffix) != (1, "s")]
+    # Groups of one, two, four and more slots, of a slot that is not a power of two, and one group in all.
+    groups = ("g16", "g32", "g48", "g64", "g128", "c")
+    for target, group, (bits, suffix) in itertools.product(targets, groups, maps):
+        scheme = f"w{bits}{group}{suffix}"
+        for dtype in DTYPES:
+            yield Problem("matmul", scheme, target, dtype, tokens=1)
+            yield Problem("matmul", scheme, target, dtype, tokens=33)
+            yield Problem("quantize", scheme, target, dtype)
+            yield Problem("dequantize", scheme, target, dtype)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print costs as a table, and write them to a file where one is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=[80, 89, 90, 100])
+    parser.add_argument("--schemes", nargs="+", default=["w8g128", "w4g128", "w4g128s", "w4g32f", "w3g128", "w2g64"])
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--kernels", nargs="+", default=["matmul"], choices=KERNELS)
+    parser.add_argument("--all", action="store_true", help="every scheme there is; prints only what spills")
+    parser.add_argument("--json", type=pathlib.Path, help="a file for the figures")
+    options = parser.parse_args(arguments)
+    problems = list(_chosen(options))
+
+    from tqdm import tqdm
+
+    from qkernels import tables
+
+    rows, records, spilled = [], [], 0
+    with compiler(os.cpu_count() or 1) as pool:
+        for problem, found in tqdm(
+            zip(problems, pool.map(cost, problems, chunksize=4), strict=True), total=len(problems), unit="kernel"
+        ):
+            spilled += found.stack_bytes > 0
+            if not options.all or found.stack_bytes:
+                rows.append(_row(problem, found))
+            figures = {field: getattr(found, field) for field in ("registers", "stack_bytes", "shared_bytes")}
+            records.append(
+                {
+                    **dataclasses.asdict(problem),
+                    **figures,
+                    "mma": found.mma,
+                    "instructions_per_weight": round(found.instructions_per_weight, 3),
+                }
+            )
+    columns = ("target", "kernel", "scheme", "dtype", "tokens", "registers", "stack", "shared", "mma", "instr/weight")
+    print(tables.as_text(tables.table(f"{len(problems)} kernels, {spilled} spill", columns, rows, text_columns=4)))
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n")
+    return 1 if spilled else 0
+
+
+def _chosen(options: argparse.Namespace) -> Iterator[Problem]:
+    if options.all:
+        for problem in every_problem(options.targets):
+            if problem.kernel in options.kernels and problem.dtype in options.dtypes:
+                yield problem
+        return
+    for kernel, scheme, target, dtype in itertools.product(
+        options.kernels, options.schemes, options.targets, options.dtypes
+    ):
+        for tokens in options.tokens if kernel == "matmul" else (1,):
+            yield Problem(kernel, str(Scheme.parse(scheme)), target, dtype, tokens)
+
+
+def _row(problem: Problem, found: Cost) -> tuple[str, ...]:
+    tokens = str(problem.tokens) if problem.kernel == "matmul" else ""
+    return (
+        f"sm_{problem.capability}", problem.kernel, problem.scheme, problem.dtype, tokens, str(found.registers),
+        f"{found.stack_bytes} B", f"{found.shared_bytes / 1024:.1f} KiB", str(found.mma),
+        f"{found.instructions_per_weight:.2f}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What the ops would launch, compiled for every supported GPU without one: no spills, it fits, it uses tensor cores.
+
+Each target gets every width and value map; groups, dtypes and batches take turns, so that the targets together see
+most pairs. `python -m benchmarks.static_cost --all` compiles all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from benchmarks import static_cost
+from benchmarks.compile_only import SHARED_MEMORY_BYTES
+from benchmarks.static_cost import TARGETS, Cost, Problem
+from tests.helpers import ALL_BITS, ALL_MAPS
+
+GROUPS = ("g128", "g32", "c", "g16", "g64", "g48", "t")
+DTYPES = ("float16", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with static_cost.compiler() as pool:
+        yield pool
+
+
+def _check(problem: Problem, cost: Cost) -> None:
+    assert cost.stack_bytes == 0, f"{problem} spills {cost.stack_bytes} bytes"
+    assert cost.shared_bytes <= SHARED_MEMORY_BYTES[problem.capability], f"{problem}: {cost.shared_bytes}"
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_matmul(target: int, bits: int, pool: ProcessPoolExecutor) -> None:
+    start = TARGETS.index(target) + bits
+    turns = zip(*(itertools.cycle(c) for c in (GROUPS, DTYPES, (1, 33, 16))), strict=True)
+    turns = itertools.islice(turns, start, None)
+    suffixes = [suffix for b, suffix in ALL_MAPS if b == bits]
+    problems = [
+        Problem("matmul", f"w{bits}{group}{suffix}", target, dtype, tokens)
+        for suffix, (group, dtype, tokens) in zip(suffixes, turns, strict=False)
+    ]
+    for problem, cost in zip(problems, pool.map(static_cost.cost, problems), strict=True):
+        _check(problem, cost)
+        assert cost.mma > 0, f"{problem} has no tensor-core instruction: {cost.opcodes}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_quantize_and_dequantize(target: int, pool: ProcessPoolExecutor) -> None:
+    turn = itertools.cycle(itertools.product(GROUPS, (*DTYPES, "float32")))
+    chosen = itertools.islice(turn, TARGETS.index(target), None)
+    problems = [
+        Problem(kernel, f"w{bits}{group}{suffix}", target, dtype)
+        for kernel in ("quantize", "dequantize")
+        for (bits, suffix), (group, dtype) in zip(ALL_MAPS[target % 3 :: 3], chosen, strict=False)
+    ]
+    for problem, cost in zip(problems, pool.map(static_cost.cost, problems), strict=True):
+        _check(problem, cost)
+        # Bit for bit the oracle's arithmetic: no multiply-add may be made of two roundings, no subnormal flushed.
+        assert not re.search(r"\bfma\.|\.ftz|\.approx|div\.full", cost.ptx), problem
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_float32_activations_stay_float32(target: int, pool: ProcessPoolExecutor) -> None:
+    problem = Problem("matmul", "w4g64", target, "float32", tokens=3)
+    cost = pool.submit(static_cost.cost, problem).result()
+    _check(problem, cost)
+    assert cost.mma == 0  # tensor cores would round x to TensorFloat-32
+    assert cost.opcodes["FFMA"] > 0
+
+
+# A rise means that unpacking got dearer; what is measured is in benchmarks/static_cost.py.
+@pytest.mark.parametrize(
+    ("scheme", "budget"), [("w8g128", 3.9), ("w4g128", 2.95), ("w4g128s", 2.75), ("w3g128", 3.7), ("w2g128", 2.95)]
+)
+def test_instructions_per_weight(scheme: str, budget: float, pool: ProcessPoolExecutor) -> None:
+    problem = Problem("matmul", scheme, 90, "float16")
+    cost = pool.submit(static_cost.cost, problem).result()
+    assert 0.5 < cost.instructions_per_weight <= budget
+
+
+def test_unpacked_weights_do_not_go_through_shared_memory(pool: ProcessPoolExecutor) -> None:
+    cost = pool.submit(static_cost.cost, Problem("matmul", "w4g128", 90, "float16")).result()
+    # Transposing the small result, once, takes a few stores; weights would take some in each step for each slot.
+    assert cost.opcodes["STS"] <= 8, cost.opcodes
