@@ -27,7 +27,10 @@ BATCH = MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3
         (1, "w4g128", torch.float32, DECODE, True),
         (1, "w4g128f", torch.float16, DECODE, True),
         (1, "w3g128", torch.float16, DECODE, True),
-        (64, "w7ts", torch.bfloat16, BATCH, True),
+        (1, "w4g48", torch.float16, DECODE, True),
+        (64, "w6ts", torch.bfloat16, BATCH, True),
+        (64, "w7ts", torch.bfloat16, DECODE, True),
+        (64, "w1g64", torch.bfloat16, DECODE, False),
     ],
 )
 def test_matmul(tokens: int, scheme: str, dtype: torch.dtype, wanted: MatmulConfig, large: bool) -> None:

@@ -9,7 +9,6 @@ import json
 import pathlib
 import platform
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,20 +24,8 @@ from qkernels.scheme import Scheme
 SCHEMES = ("w8ts", "w8cs", "w4ts", "w4cs", "w4g128s", "w4g128", "w4g64", "w4g32f", "w3g64", "w2g64")
 QUICK_SCHEMES = ("w8cs", "w4g128", "w2g64")
 WINDOWS, QUICK_WINDOWS = 8, 2
+COLUMNS = ("scheme", "size", "bits/weight", "SNR dB", "perplexity", "KL", "seconds")
 QUESTION = "What is the capital of France, and what is it known for?"
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One row of the table; sizes count the quantized layers only, padding included."""
-
-    scheme: str
-    nbytes: int
-    bits_per_weight: float
-    snr_db: float | None  # None: nothing lost
-    perplexity: float
-    kl: float
-    seconds: float
 
 
 @dataclasses.dataclass
@@ -72,10 +59,10 @@ def run(options: argparse.Namespace) -> None:
 
     variants = {str(scheme): _quantized_copy(model, scheme) for scheme in schemes}
     original = _predict_all(model, variants, windows.to(device))
-    results = [_result(name, variant) for name, variant in variants.items()]
-    linears = next(iter(variants.values())).report
+    record = _record(name, str(text_path.name), device, windows, original, variants)
     console.print()
-    console.print(_table(original, linears, results))
+    title = f"{record['layers']} linear layers, {record['weights'] / 1e6:.0f} M weights"
+    console.print(tables.table(title, COLUMNS, rows(record)))
 
     chosen = next((name for name in ("w4g64", "w4g128") if name in variants), str(schemes[0]))
     console.print(f"[bold]{chosen}[/bold] answers, its layers multiplying packed codes:")
@@ -86,12 +73,12 @@ def run(options: argparse.Namespace) -> None:
     console.print(f"({tokens} tokens, {tokens / seconds:.1f} per second)\n")
 
     options.out.mkdir(parents=True, exist_ok=True)
-    _save(options.out / "demo.json", name, str(text_path.name), device, windows, original, linears, results)
+    (options.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
     plots.perplexity_against_size(
         options.out / "perplexity.png",
         title=f"{name}: what bits and scales buy",
-        original=(linears.original_bytes, original.perplexity),
-        points=[(r.scheme, r.nbytes, r.perplexity) for r in results],
+        original=(record["original"]["nbytes"], original.perplexity),
+        points=[(r["scheme"], r["nbytes"], r["perplexity"]) for r in record["results"]],
     )
     layer, row = plots.row_with_largest_outlier(model)
     plots.outlier_row(options.out / "outlier.png", layer, dict(model.named_modules())[layer].weight, row)
@@ -128,63 +115,12 @@ def _log_probabilities(model: Any, window: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def _result(name: str, variant: _Variant) -> Result:
-    report, snr_db = variant.report, variant.report.error.snr_db
-    return Result(
-        scheme=name,
-        nbytes=report.nbytes,
-        bits_per_weight=report.bits_per_weight,
-        snr_db=snr_db if snr_db != float("inf") else None,
-        perplexity=variant.score.perplexity,
-        kl=variant.score.kl,
-        seconds=report.seconds + variant.seconds,
-    )
-
-
-def _table(original: PredictionScore, linears: QuantizationReport, results: Sequence[Result]) -> Any:
-    weights = sum(layer.weights for layer in linears.layers)
-    first = (
-        "none",
-        tables.size(linears.original_bytes),
-        f"{8 * linears.original_bytes / weights:.2f}",
-        "",
-        number(original.perplexity),
-        "0",
-        "",
-    )
-    rows = [
-        (
-            r.scheme,
-            tables.size(r.nbytes),
-            f"{r.bits_per_weight:.2f}",
-            "lossless" if r.snr_db is None else f"{r.snr_db:.1f}",
-            number(r.perplexity),
-            number(r.kl),
-            f"{r.seconds:.1f}",
-        )
-        for r in results
-    ]
-    title = f"{len(linears.layers)} linear layers, {weights / 1e6:.0f} M weights"
-    columns = ("scheme", "size", "bits/weight", "SNR dB", "perplexity", "KL", "seconds")
-    return tables.table(title, columns, [first, *rows])
-
-
-def number(value: float) -> str:
-    """Four significant digits, without an exponent below a million."""
-    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
-
-
-def _save(
-    path: pathlib.Path,
-    model: str,
-    text: str,
-    device: str,
-    windows: Tensor,
-    original: PredictionScore,
-    linears: QuantizationReport,
-    results: Sequence[Result],
-) -> None:
-    record = {
+def _record(
+    model: str, text: str, device: str, windows: Tensor, original: PredictionScore, variants: dict[str, _Variant]
+) -> dict[str, Any]:
+    """Everything that was measured, for demo.json; sizes count the quantized layers only, padding included."""
+    layers = next(iter(variants.values())).report.layers
+    return {
         "model": model,
         "text": text,
         "windows": list(windows.shape),
@@ -192,9 +128,46 @@ def _save(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "layers": len(linears.layers),
-        "weights": sum(layer.weights for layer in linears.layers),
-        "original": {"nbytes": linears.original_bytes, "perplexity": original.perplexity},
-        "results": [dataclasses.asdict(r) for r in results],
+        "layers": len(layers),
+        "weights": sum(layer.weights for layer in layers),
+        "original": {"nbytes": sum(layer.original_bytes for layer in layers), "perplexity": original.perplexity},
+        "results": [
+            {
+                "scheme": name,
+                "nbytes": variant.report.nbytes,
+                "bits_per_weight": variant.report.bits_per_weight,
+                "snr_db": variant.report.error.snr_db if variant.report.error.noise else None,  # nothing was lost
+                "perplexity": variant.score.perplexity,
+                "kl": variant.score.kl,
+                "seconds": variant.report.seconds + variant.seconds,
+            }
+            for name, variant in variants.items()
+        ],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a record, a row per scheme under COLUMNS; the unquantized model comes first."""
+    original = record["original"]
+    bits = 8 * original["nbytes"] / record["weights"]
+    first = ("none", tables.size(original["nbytes"]), f"{bits:.2f}", "", number(original["perplexity"]), "0", "")
+    return [
+        first,
+        *(
+            (
+                r["scheme"],
+                tables.size(r["nbytes"]),
+                f"{r['bits_per_weight']:.2f}",
+                "lossless" if r["snr_db"] is None else f"{r['snr_db']:.1f}",
+                number(r["perplexity"]),
+                number(r["kl"]),
+                f"{r['seconds']:.1f}",
+            )
+            for r in record["results"]
+        ),
+    ]
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent below a million."""
+    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"

@@ -40,11 +40,18 @@ def dequantize() -> DequantizeConfig:
 
 def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     """For the kernel of matmul.py and x of so many tokens."""
-    block_m, block_n = (16, 64) if tokens <= 16 else (32, 32)
+    # Planes of 1 bit make a step of 256 k, whose body has no registers left for a wider tile of tokens.
+    wide = tokens > 16 and block_columns(scheme.bits) < 256
     # Left to itself, ptxas aims at a step of occupancy, and spills a register or two of the larger bodies to reach it.
-    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or dtype is torch.float32
+    odd_group = isinstance(scheme.group_size, int) and scheme.group_size != _power_of_two(scheme.group_size)
+    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or odd_group or dtype is torch.float32
     return MatmulConfig(
-        block_m, block_n, blocks=1, num_warps=2, num_stages=3, max_registers=_ALL_REGISTERS if large else None
+        block_m=32 if wide else 16,
+        block_n=32 if wide else 64,
+        blocks=1,
+        num_warps=2,
+        num_stages=3,
+        max_registers=_ALL_REGISTERS if large else None,
     )
 
 

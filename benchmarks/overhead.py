@@ -1,0 +1,87 @@
+"""What one call costs before any arithmetic: dispatch of the ops on a CPU, and the import of the package.
+
+    python -m benchmarks.overhead
+
+The implementation is replaced by one that returns a ready result, so what is left is the way to it and back: argument
+checks are part of an implementation and are timed apart. Times are of this machine; only their ratios carry over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import timeit
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+import qkernels
+from qkernels import checks, ops, tables
+
+
+def call_microseconds(call: Callable[[], Any], repeats: int = 15, number: int = 20_000) -> float:
+    """The best of several averages, less what an empty call takes."""
+    empty = min(timeit.repeat(lambda: None, repeat=repeats, number=number))
+    return (min(timeit.repeat(call, repeat=repeats, number=number)) - empty) / number * 1e6
+
+
+def calls() -> dict[str, float]:
+    """{what: microseconds} of a matmul with x (1, 64) and a w4g32 weight (32, 64)."""
+    q = qkernels.quantize(torch.randn(32, 64), "w4g32")
+    layer = qkernels.QuantLinear(q)
+    x, y = torch.randn(1, 64), torch.randn(1, 32)
+    arguments = (x, q.packed, q.scale, q.zero, None, "w4g32", 64)
+    op = torch.ops.qkernels.matmul.default
+    found = {}
+
+    def stub(*_: Any) -> torch.Tensor:
+        return y
+
+    with mock.patch.object(ops, "_matmul_cpu", stub), torch.no_grad():
+        found["torch.ops.qkernels.matmul, no_grad"] = call_microseconds(lambda: op(*arguments))
+        with torch.enable_grad():
+            found["torch.ops.qkernels.matmul, grad mode"] = call_microseconds(lambda: op(*arguments))
+        found["ops.matmul (direct), no_grad"] = call_microseconds(lambda: ops.matmul(*arguments))
+        found["F.linear(x, q), no_grad"] = call_microseconds(lambda: torch.nn.functional.linear(x, q))  # type: ignore[arg-type]
+        found["QuantLinear, no_grad"] = call_microseconds(lambda: layer(x))
+
+    def check() -> None:
+        checks.check_weight(q.packed, q.scale, q.zero, "w4g32", 64)
+        checks.check_activation(x, q.packed, None, 64)
+
+    found["argument checks"] = call_microseconds(check)
+    return found
+
+
+def import_milliseconds(repeats: int = 9) -> float:
+    """Median time that `import qkernels` takes where torch is already imported, each in a new process."""
+    code = "import time, torch; t = time.perf_counter(); import qkernels; print(time.perf_counter() - t)"
+    run = [sys.executable, "-c", code]
+    times = [float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(repeats)]
+    return statistics.median(times) * 1e3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the times as a table, and write them to a file where one is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path, help="a file for the figures")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    microseconds, milliseconds = calls(), import_milliseconds()
+    rows = [(what, f"{value:.1f} us") for what, value in microseconds.items()]
+    rows.append(("import qkernels, after torch", f"{milliseconds:.0f} ms"))
+    print(tables.as_text(tables.table("host time", ("call", "time"), rows)))
+    if options.json:
+        record = {"torch": torch.__version__, "microseconds": microseconds, "import_milliseconds": milliseconds}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
