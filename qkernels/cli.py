@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--text", type=pathlib.Path, metavar="FILE", help="your own text to predict, UTF-8")
     demo.add_argument("--schemes", nargs="+", metavar="SCHEME", help="such as w4g128 w3g64 w8cs")
     demo.add_argument("--windows", type=_positive, metavar="N", help="how many windows of 512 tokens to predict")
-    demo.add_argument("--tokens", type=_positive, default=48, metavar="N", help="longest answer (default 48)")
+    demo.add_argument("--tokens", type=_positive, metavar="N", help="longest answer (default 48, quick 24)")
     demo.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     demo.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("qkernels-demo"), metavar="DIR", help="for figures and plots"

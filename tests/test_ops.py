@@ -191,6 +191,11 @@ BAD_MATMUL = {
     ),
     "integer scale": (dict(scale=torch.ones(3, 12).int()), ValueError, r"scale must be \(3, 12\) floating"),
     "float zero": (dict(zero=torch.ones(3, 12)), ValueError, r"zero must be \(3, 12\) uint8 .* float32"),
+    "zero of another shape": (
+        dict(zero=torch.zeros(12, 3, dtype=torch.uint8)),
+        ValueError,
+        r"zero must be \(3, 12\) uint8 .* got \(12, 3\)",
+    ),
     "no zero": (dict(zero=None), ValueError, r"zero must be \(3, 12\).* got None"),
     "zero for symmetric": (dict(scheme="w4g32s"), ValueError, r"zero must be None .* got \(3, 12\) uint8"),
     "uint8 offset": (dict(scheme="w4g32f"), ValueError, r"zero must be \(3, 12\) floating .* got \(3, 12\) uint8"),

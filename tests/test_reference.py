@@ -118,6 +118,18 @@ def test_symmetric_reaches_both_extremes() -> None:
     assert (code[0, 0], code[0, 1]) == (1, 15)
 
 
+@pytest.mark.parametrize(("text", "low", "high"), [("w4g16", -5.0, 10.0), ("w4g16s", -7.0, 7.0), ("w4g16f", -6.0, 9.0)])
+def test_halfway_goes_to_the_even_step(text: str, low: float, high: float) -> None:
+    """The range makes every scale 1, so that levels are integers, and halves lie between two."""
+    halves = torch.arange(-4.5, 5.5)
+    w = torch.cat([torch.tensor([low, high]), halves])[None]
+    scheme = Scheme.parse(text)
+    packed, scale, zero = reference.quantize(w, scheme)
+    assert scale.item() == 1
+    levels = reference.dequantize(packed, scale, zero, scheme, w.shape[1], torch.float32)[0, 2:]
+    assert levels.tolist() == [-4, -4, -2, -2, 0, 0, 2, 2, 4, 4]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_are_rounded_up_and_offsets_down(dtype: torch.dtype) -> None:
     values = torch.cat([torch.rand(4000) * 2.0 ** torch.randint(-20, 12, (4000,)), torch.tensor([0.0, 1.0, 2.0**-30])])

@@ -24,6 +24,7 @@ from qkernels.scheme import Scheme
 SCHEMES = ("w8ts", "w8cs", "w4ts", "w4cs", "w4g128s", "w4g128", "w4g64", "w4g32f", "w3g64", "w2g64")
 QUICK_SCHEMES = ("w8cs", "w4g128", "w2g64")
 WINDOWS, QUICK_WINDOWS = 8, 2
+TOKENS, QUICK_TOKENS = 48, 24
 COLUMNS = ("scheme", "size", "bits/weight", "SNR dB", "perplexity", "KL", "seconds")
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -68,7 +69,8 @@ def run(options: argparse.Namespace) -> None:
     console.print(f"[bold]{chosen}[/bold] answers, its layers multiplying packed codes:")
     console.print(f"> {QUESTION}")
     start = time.perf_counter()
-    tokens = language_model.answer(variants[chosen].model, tokenizer, QUESTION, options.tokens)
+    longest = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
+    tokens = language_model.answer(variants[chosen].model, tokenizer, QUESTION, longest)
     seconds = time.perf_counter() - start
     console.print(f"({tokens} tokens, {tokens / seconds:.1f} per second)\n")
 
