@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     microseconds, milliseconds = calls(), import_milliseconds()
     rows = [(what, f"{value:.1f} us") for what, value in microseconds.items()]
     rows.append(("import qkernels, after torch", f"{milliseconds:.0f} ms"))
-    print(tables.as_text(tables.table("host time", ("call", "time"), rows)))
+    print(tables.text("host time", ("call", "time"), rows))
     if options.json:
         record = {"torch": torch.__version__, "microseconds": microseconds, "import_milliseconds": milliseconds}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -114,11 +114,9 @@ def _launch(problem: Problem, scheme: Scheme) -> float:
         quantize_config = choose.quantize(scheme, K)
         if choose.group_fits_tile(scheme, K):
             quantize.quantize(w, scheme, quantize_config)
-            tile = max(scheme.group_length(K), packing.block_columns(scheme.bits))
         else:
             quantize.encode(w, *_scale_and_zero(scheme, N, K), scheme, quantize_config)
-            tile = packing.block_columns(scheme.bits)
-        return quantize_config.num_warps * 32 / (quantize_config.block_n * tile)
+        return quantize_config.num_warps * 32 / (quantize_config.block_n * quantize_config.tile)
     packed = torch.empty(N, packing.packed_words(scheme.bits, K), dtype=torch.int32, device="meta")
     scale, zero = _scale_and_zero(scheme, N, K)
     if problem.kernel == "dequantize":
@@ -199,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
                 }
             )
     columns = ("target", "kernel", "scheme", "dtype", "tokens", "registers", "stack", "shared", "mma", "instr/weight")
-    print(tables.as_text(tables.table(f"{len(problems)} kernels, {spilled} spill", columns, rows, text_columns=4)))
+    print(tables.text(f"{len(problems)} kernels, {spilled} spill", columns, rows, text_columns=4))
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     return 1 if spilled else 0

@@ -5,8 +5,9 @@ y = F.linear(x, q)                     # runs on the packed codes, CPU or GPU
 report = qkernels.quantize_model(model, "w4g128")
 """
 
+from qkernels.checkpoint import load, save
 from qkernels.formats.native import FormatError
-from qkernels.model import QuantizationReport, load, quantize_model, save
+from qkernels.model import QuantizationReport, quantize_model
 from qkernels.nn import QuantLinear
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, QuantizationError, quantize

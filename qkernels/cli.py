@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.metadata
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ SKIPPED_NAMES = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `qkernels`; the exit status is 0, or 2 with one line on stderr."""
+    """Entry point of `qkernels`; the exit status is 0, 2 with one line on stderr, or 130 where interrupted."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qkernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"qkernels {importlib.metadata.version('qkernels')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -38,31 +40,36 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", type=pathlib.Path, metavar="PATH", help="your own: a GGUF file or a model's folder")
     demo.add_argument("--text", type=pathlib.Path, metavar="FILE", help="your own text to predict, UTF-8")
     demo.add_argument("--schemes", nargs="+", metavar="SCHEME", help="such as w4g128 w3g64 w8cs")
-    demo.add_argument("--windows", type=_positive, metavar="N", help="how many windows of 512 tokens to predict")
-    demo.add_argument("--tokens", type=_positive, metavar="N", help="longest answer (default 48, quick 24)")
+    demo.add_argument("--windows", type=positive_int, metavar="N", help="how many windows of 512 tokens to predict")
+    demo.add_argument("--tokens", type=positive_int, metavar="N", help="longest answer (default 48, quick 24)")
     demo.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     demo.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("qkernels-demo"), metavar="DIR", help="for figures and plots"
     )
     demo.set_defaults(run=_demo)
 
-    quantize = commands.add_parser("quantize", help="quantize the 2-D weights of a safetensors file")
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantize the 2-D weights of a safetensors file",
+        description="Quantize every 2-D floating tensor whose name ends in 'weight'; others are copied.",
+    )
     quantize.add_argument("input", type=pathlib.Path, help="a safetensors file")
     quantize.add_argument("output", type=pathlib.Path, help="the file to write")
     quantize.add_argument("--scheme", required=True, help="such as w4g128")
     quantize.add_argument(
-        "--skip", nargs="*", default=list(SKIPPED_NAMES), metavar="PATTERN",
-        help=f"names to leave alone (default: {' '.join(SKIPPED_NAMES)})",
+        "--skip", action="append", metavar="PATTERN",
+        help=f"names of tensors to leave alone; may be repeated (default: {' '.join(SKIPPED_NAMES)})",
     )  # fmt: skip
     quantize.set_defaults(run=_quantize)
 
-    inspect = commands.add_parser("inspect", help="list what a safetensors file holds, and check it")
+    inspect = commands.add_parser("inspect", help="list what a file that qkernels wrote holds, and check it")
     inspect.add_argument("file", type=pathlib.Path)
     inspect.set_defaults(run=_inspect)
     return parser
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
+    """An argument type; argparse shows its name."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -89,18 +96,25 @@ def _quantize(options: argparse.Namespace) -> None:
     from qkernels.checks import DTYPES
     from qkernels.formats import native
     from qkernels.scheme import Scheme
-    from qkernels.tensor import quantize
+    from qkernels.tensor import QTensor, quantize
 
     scheme = Scheme.parse(options.scheme)
+    if options.output.exists() and options.output.samefile(options.input):
+        raise ValueError(f"{options.output} is the input itself: choose another name")
+    native.check_writable(options.output)
     tensors: dict[str, Any] = {}
     before = after = 0
     try:
         with open(options.input, "rb"), safe_open(options.input, framework="pt") as file:
             if "qkernels" in (file.metadata() or {}):
                 raise native.FormatError(f"{options.input}: already quantized; see qkernels inspect")
-            for name in tqdm(list(file.keys()), desc="quantizing", unit="tensor"):
+            names = list(file.keys())
+            for pattern in options.skip or ():
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"--skip {pattern} fits no tensor in {options.input}")
+            for name in tqdm(names, desc="quantizing", unit="tensor", leave=False):
                 tensor = file.get_tensor(name)
-                skipped = any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skip)
+                skipped = any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skip or SKIPPED_NAMES)
                 if tensor.ndim != 2 or tensor.dtype not in DTYPES or not name.endswith("weight") or skipped:
                     tensors[name] = tensor
                     continue
@@ -113,9 +127,9 @@ def _quantize(options: argparse.Namespace) -> None:
     except SafetensorError as error:
         raise native.FormatError(f"{options.input}: not a whole safetensors file: {error}") from None
     if not before:
-        raise ValueError(f"{options.input} holds no 2-D floating weight that --skip leaves")
+        raise ValueError(f"{options.input} holds no 2-D float16, bfloat16 or float32 weight that --skip leaves")
     native.write(options.output, tensors)
-    count = sum(not hasattr(t, "dtype") for t in tensors.values())
+    count = sum(isinstance(t, QTensor) for t in tensors.values())
     print(f"{count} of {len(tensors)} tensors to {scheme}: {tables.size(before)} -> {tables.size(after)}")
 
 
@@ -136,7 +150,7 @@ def _inspect(options: argparse.Namespace) -> None:
     total = sum(t.nbytes for t in tensors.values())
     columns = ("tensor", "scheme or dtype", "shape", "size", "bits/weight")
     title = f"{options.file}: {len(tensors)} tensors, {tables.size(total)}, every field checked"
-    print(tables.as_text(tables.table(title, columns, rows, text_columns=2)))
+    print(tables.text(title, columns, rows, text_columns=2))
 
 
 if __name__ == "__main__":

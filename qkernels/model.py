@@ -1,4 +1,4 @@
-"""Whole models: quantize the Linears in place, save and load them."""
+"""Whole models: quantize the Linears in place."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import dataclasses
 import fnmatch
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qkernels import reference, tables
 from qkernels.checks import DTYPES
-from qkernels.formats import native
-from qkernels.formats.native import FormatError, Path
-from qkernels.nn import QuantLinear
+from qkernels.nn import QuantLinear, places, put
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.tensor import QTensor, QuantizationError
+from qkernels.tensor import QuantizationError
 
 # The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.
 DEFAULT_SKIP = ("lm_head", "*.lm_head")
@@ -101,7 +97,7 @@ class QuantizationReport:
             f"left alone: {', '.join(self.skipped) or 'none'}"
         )
         columns = ("layer", "scheme", "shape", "size", "bits/weight", "SNR dB")
-        return tables.as_text(tables.table(title, columns, rows, text_columns=2))
+        return tables.text(title, columns, rows, text_columns=2)
 
 
 def quantize_model(
@@ -114,11 +110,15 @@ def quantize_model(
 ) -> QuantizationReport:
     """Replace every nn.Linear by a QuantLinear, in place, one at a time: peak memory is the model plus one layer.
 
+    Subclasses of nn.Linear, and output layers called lm_head unless you say otherwise, are left alone. A weight that
+    another module shares stays there, and the Linear gets codes of its own.
+
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
         scheme: such as "w4g128", for layers that no pattern names.
         skip: patterns (as of fnmatch) of module names to leave alone.
-        schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts.
+        schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
+            beats the default of `skip`, but not a `skip` of yours.
         progress: whether to show a progress bar.
 
     Raises:
@@ -135,9 +135,9 @@ def quantize_model(
 
     start = time.perf_counter()
     plan, skipped = _plan(model, as_scheme(scheme), skip, schemes or {})
-    places = _places(model)
+    where = places(model)
     for name, (linear, chosen) in plan.items():
-        _check_quantizable(name, linear, chosen, len(places[linear]))
+        _check_quantizable(name, linear, chosen)
     layers = []
     bar = tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress)
     for name in bar:
@@ -154,8 +154,7 @@ def quantize_model(
                 error=quantized.qweight.error(weight),
             )
         )
-        for parent, child in places.pop(linear):
-            setattr(parent, child, quantized)
+        put(quantized, where.pop(linear))
         del linear, weight  # the float weight goes before the next layer comes
     return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start)
 
@@ -167,137 +166,51 @@ def _plan(
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}; write skip=[{skip!r}]")
     parsed = {pattern: None if s is None else as_scheme(s) for pattern, s in schemes.items()}
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    if "" in linears:
+    names: dict[nn.Module, list[str]] = {}  # a shared layer has several
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(module, []).append(name)
+    if any("" in found for found in names.values()):
         raise ValueError("model is itself an nn.Linear, which cannot be replaced in place; use QuantLinear.from_linear")
-    if not linears:
-        raise ValueError(f"model ({type(model).__name__}) holds no nn.Linear to quantize")
-    for pattern in [*(skip if skip is not DEFAULT_SKIP else ()), *parsed]:
-        if not fnmatch.filter(linears, pattern):
-            raise ValueError(
-                f"pattern {pattern!r} fits no nn.Linear of the model; names are like {next(iter(linears))!r}"
-            )
+    for pattern in [*skip, *parsed]:
+        if pattern not in DEFAULT_SKIP and not any(_fits(pattern, found) for found in names.values()):
+            example = next(iter(names.values()), ["none"])[0]
+            raise ValueError(f"pattern {pattern!r} fits no nn.Linear of the model; names are like {example!r}")
     plan: dict[str, tuple[nn.Linear, Scheme]] = {}
     skipped = []
-    for name, linear in linears.items():
-        chosen = next((s for pattern, s in parsed.items() if fnmatch.fnmatchcase(name, pattern)), default)
-        if chosen is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-            skipped.append(name)
+    for module, found in names.items():
+        named = next((pattern for pattern in parsed if _fits(pattern, found)), None)
+        chosen = default if named is None else parsed[named]
+        spared = any(_fits(pattern, found) for pattern in skip) and not (named is not None and skip is DEFAULT_SKIP)
+        if chosen is None or spared or type(module) is not nn.Linear:
+            skipped.append(found[0])
         else:
-            plan[name] = linear, chosen
+            plan[found[0]] = module, chosen
+    if not plan:
+        left = f"only {', '.join(skipped)}, left alone" if skipped else "none"
+        raise ValueError(f"model ({type(model).__name__}) holds no nn.Linear to quantize: {left}")
     return plan, skipped
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Every (parent, attribute) at which a module sits; a shared module sits at several."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for child, module in parent._modules.items():
-            if module is not None:
-                places.setdefault(module, []).append((parent, child))
-    return places
+def _fits(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme, places: int) -> None:
+def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
     weight = linear.weight.detach()
     if weight.dtype not in DTYPES:
         raise TypeError(f"{name}.weight must be float16, bfloat16 or float32, got {weight.dtype}")
     if weight.is_meta:
         raise ValueError(f"{name}.weight is on the meta device: load the weights first")
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-        raise ValueError(f"{name} has hooks, which would be lost: remove them first")
+    if (
+        "forward" in vars(linear)
+        or linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+    ):
+        raise ValueError(f"{name} has hooks or a forward of its own, which would be lost: remove them first")
     try:
         reference.scale_and_zero(*reference.group_range(weight, scheme), scheme)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None
-
-
-def save(source: nn.Module | Mapping[str, Tensor | QTensor], path: Path) -> None:
-    """Write a model, or named tensors, to one safetensors file with the schemes in its metadata.
-
-    The file appears whole or not at all. Layout: formats/native.py.
-
-    Args:
-        source: a module (its parameters and persistent buffers; QuantLinears as quantized weights) or a mapping.
-        path: of the file.
-    """
-    if not isinstance(source, nn.Module):
-        native.write(path, source)
-        return
-    tensors: dict[str, Tensor | QTensor] = dict(source.state_dict(keep_vars=False))
-    for name, layer in _quantized_weights(source).items():
-        for suffix in ("_scale", "_zero"):
-            tensors.pop(name + suffix, None)
-        tensors[name] = layer.qweight
-    native.write(path, tensors)
-
-
-def load(path: Path, model: nn.Module | None = None, device: torch.device | str = "cpu") -> Any:
-    """Read what `save` wrote.
-
-    Args:
-        path: of the file.
-        model: where to put it: the architecture that was saved, quantized or not, on any device, meta too. Its Linears
-            become QuantLinears where the file has quantized weights.
-        device: for the tensors, where no model is given.
-    Returns:
-        The model if there is one, else {name: Tensor or QTensor}.
-    Raises:
-        FormatError: the file is damaged, hostile or of another format, or does not fit the model, which is unchanged.
-        OSError: the file cannot be read.
-    """
-    tensors = native.read(path, device if model is None else "cpu")
-    if model is None:
-        return tensors
-    quantized = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QTensor)}
-    plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    places = _places(model)
-    layers = _check_fits_model(path, model, quantized, plain)
-    for module, tensor in layers.items():
-        old = module.weight
-        target = "cpu" if old.is_meta else old.device
-        layer = QuantLinear(tensor.to(target), module.bias).train(module.training)
-        for parent, child in places[module]:
-            setattr(parent, child, layer)
-    on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    model.load_state_dict(plain, strict=False, assign=on_meta)
-    return model
-
-
-def _quantized_weights(model: nn.Module) -> dict[str, QuantLinear]:
-    """{name of the packed parameter: layer}, under every name that a layer has."""
-    return {
-        f"{name}.weight" if name else "weight": module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantLinear)
-    }
-
-
-def _check_fits_model(
-    path: Path, model: nn.Module, quantized: Mapping[str, QTensor], plain: Mapping[str, Tensor]
-) -> dict[Any, QTensor]:
-    """{layer to replace: its new weight}, if the file holds just what the model wants."""
-    wanted = dict(model.state_dict())
-    layers = {}
-    for name, tensor in quantized.items():
-        module_name, _, attribute = name.rpartition(".")
-        try:
-            module = model.get_submodule(module_name)
-        except AttributeError:
-            module = None
-        if attribute != "weight" or not (type(module) is nn.Linear or isinstance(module, QuantLinear)):
-            raise FormatError(f"{path}: {name} is quantized, but the model has no Linear of that name")
-        if (module.out_features, module.in_features) != tensor.shape:
-            shape = (module.out_features, module.in_features)
-            raise FormatError(f"{path}: {name} is {tuple(tensor.shape)}, but the model's layer is {shape}")
-        layers[module] = tensor
-        for suffix in ("", "_scale", "_zero"):
-            wanted.pop(name + suffix, None)
-    if unexpected := plain.keys() - wanted.keys():
-        raise FormatError(f"{path}: {min(unexpected)} is not in the model ({len(unexpected)} such tensors)")
-    if missing := wanted.keys() - plain.keys():
-        raise FormatError(f"{path}: {min(missing)}, which the model wants, is missing ({len(missing)} such tensors)")
-    for name, value in plain.items():
-        if value.shape != wanted[name].shape:
-            raise FormatError(f"{path}: {name} is {tuple(value.shape)}, but the model's is {tuple(wanted[name].shape)}")
-    return layers

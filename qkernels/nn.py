@@ -1,13 +1,14 @@
-"""QuantLinear: nn.Linear on packed codes."""
+"""QuantLinear: nn.Linear on packed codes; and putting one in a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from qkernels import ops
+from qkernels.checks import DTYPES
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, quantize
 
@@ -22,7 +23,10 @@ class QuantLinear(nn.Module):
 
     Args:
         weight: the quantized weight (out_features, in_features).
-        bias: (out_features,) or None.
+        bias: (out_features,), float16, bfloat16 or float32, or None.
+
+    Raises:
+        ValueError: bias is not such a tensor.
     """
 
     weight: nn.Parameter
@@ -40,6 +44,8 @@ class QuantLinear(nn.Module):
         self.register_parameter(
             "weight_zero", None if weight.zero is None else nn.Parameter(weight.zero, requires_grad=False)
         )
+        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype not in DTYPES):
+            raise ValueError(f"bias must be ({self.out_features},) floating, got {tuple(bias.shape)} {bias.dtype}")
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
@@ -77,12 +83,49 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = [p for name, p in self._parameters.items() if name != "bias" and p is not None]
-
         def keep_dtype(t: Tensor) -> Tensor:
             moved = fn(t)
-            if moved.dtype != t.dtype and any(t is p for p in kept):
+            if moved.dtype != t.dtype and (t is not self.bias or moved.dtype not in DTYPES):
                 return t.to(moved.device)
             return moved
 
         return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        # Copying between dtypes would turn zeros into offsets, or round scales: codes of another scheme.
+        for name in ("weight", "weight_scale", "weight_zero"):
+            own, given = self._parameters[name], state_dict.get(prefix + name)
+            if own is not None and given is not None and own.dtype != given.dtype:
+                errors.append(f"{prefix}{name} of a {self.scheme} layer must be {own.dtype}, got {given.dtype}")
+        if not errors:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+# ---- layers in a model ----
+
+
+def places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Every (parent, attribute) at which a module sits; a shared module sits at several."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is not None:
+                found.setdefault(module, []).append((parent, child))
+    return found
+
+
+def put(layer: QuantLinear, where: Iterable[tuple[nn.Module, str]]) -> None:
+    """Set the layer at places of a model."""
+    for parent, child in where:
+        setattr(parent, child, layer)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # else its fused path takes the packed codes for a float weight

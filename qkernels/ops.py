@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qkernels import packing, reference
-from qkernels.checks import check_activation, check_dequantize, check_quantize, check_weight
+from qkernels.checks import DTYPES, check_activation, check_dequantize, check_quantize, check_weight
 from qkernels.scheme import as_scheme
 from qkernels.tuning import choose
 
@@ -188,8 +189,12 @@ class _MatmulFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_grad = grad @ _dequantize_op(*ctx.saved_tensors, ctx.scheme, ctx.in_features, grad.dtype)
         if ctx.needs_input_grad[4]:
-            bias_grad = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return x_grad, None, None, None, bias_grad, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
+        raise NotImplementedError("qkernels::matmul has no forward-mode derivative; use reverse mode")
 
 
 # ---- registration ----
@@ -210,6 +215,8 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:  # then x may have a tangent, whether or not gradients are recorded
+        return True
     return _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
@@ -244,8 +251,9 @@ def _matmul_autocast(
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
     dtype = torch.get_autocast_dtype(device)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        bias = None if bias is None else bias.to(dtype)
-        return _matmul_op(x.to(dtype), packed, scale, zero, bias, *rest)
+        x = x.to(dtype) if x.dtype in DTYPES else x  # others are refused below
+        bias = bias.to(dtype) if bias is not None and bias.dtype in DTYPES else bias
+        return _matmul_op(x, packed, scale, zero, bias, *rest)
 
 
 def _register() -> None:

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> Any:
-    """A rich Table: the first text_columns columns to the left, numbers to the right."""
+def text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A title above a table, as wide as it needs; the first text_columns columns to the left, numbers to the right."""
     from rich import box
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < text_columns else "right", no_wrap=True)
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
-def as_text(made: Any) -> str:
-    """A rich renderable as plain text, as wide as it needs."""
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < text_columns else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_printable(cell)) for cell in row))  # Text: names are not markup
     out = io.StringIO()
-    Console(file=out, width=200, no_color=True).print(made)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+    Console(file=out, width=100_000, no_color=True).print(table)
+    return "\n".join([_printable(title), *(line.rstrip() for line in out.getvalue().strip("\n").splitlines())])
+
+
+def _printable(cell: str) -> str:
+    """Names in a file may hold what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cell)
 
 
 def size(count: float) -> str:

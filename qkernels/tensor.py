@@ -123,13 +123,16 @@ class QTensor:
         original = w.detach().float()
         difference = original - self.dequantize()
         return QuantizationError(
-            signal=original.square().sum(dtype=torch.float64).item(),
-            noise=difference.square().sum(dtype=torch.float64).item(),
+            # squares in float64: those of tiny weights vanish in float32
+            signal=original.double().square().sum().item(),
+            noise=difference.double().square().sum().item(),
             largest=difference.abs().max().item() if w.numel() else 0.0,
         )
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same codes and scales on another device. Dtypes stay: another scale would be another weight."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"QTensor.to changes the device alone, got {device}; q.dequantize({device}) gives a tensor")
         zero = None if self.zero is None else self.zero.to(device)
         return dataclasses.replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero)
 
@@ -165,14 +168,18 @@ class TransposedQTensor:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], cls):
-            return _linear(args[0], args[1].source)
+        operands = [*args, *(kwargs or {}).values()]
+        products = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+        if func in products and len(operands) == 2 and isinstance(operands[1], cls):
+            return _linear(operands[0], operands[1].source)
         raise TypeError(f"QTensor.T does not support {getattr(func, '__name__', func)}; it supports x @ q.T")
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's name
-    if not isinstance(weight, QTensor):
-        raise TypeError(f"F.linear takes a QTensor as its weight, got one as another argument of {type(weight)}")
+    if not isinstance(weight, QTensor) or not isinstance(input, Tensor):
+        raise TypeError(
+            f"F.linear(x, q) takes a Tensor and a QTensor, got {type(input).__name__} and {type(weight).__name__}"
+        )
     return ops.matmul(input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features)
 
 
@@ -194,5 +201,7 @@ def quantize(w: Tensor, scheme: str | Scheme) -> QTensor:
     torch.Size([3, 256])
     """
     parsed = as_scheme(scheme)
+    if not isinstance(w, Tensor):
+        raise TypeError(f"w must be a torch.Tensor, got {type(w).__name__}")
     packed, scale, zero = ops.quantize(w, str(parsed))
     return QTensor(packed, scale, zero, parsed, w.shape[1])

@@ -27,6 +27,7 @@ FLOORS = {
     "qkernels.formats": 5,
     "qkernels.quality": 5,
     "qkernels.model": 6,
+    "qkernels.checkpoint": 6,
     "qkernels.plots": 7,
     "qkernels.demo": 7,
     "qkernels.cli": 7,

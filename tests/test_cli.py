@@ -67,8 +67,14 @@ def test_skip_patterns_are_yours_to_choose(model_file: pathlib.Path, tmp_path: p
         (["quantize", "MISSING", "OUT", "--scheme", "w4g32"], "No such file or directory"),
         (["quantize", "TEXT", "OUT", "--scheme", "w4g32"], "not a whole safetensors file"),
         (["quantize", "NAN", "OUT", "--scheme", "w4g32"], "layer.weight: w must be finite, got nan at index (3, 7)"),
-        (["quantize", "IN", "OUT", "--scheme", "w4g32", "--skip", "*"], "holds no 2-D floating weight"),
-        (["quantize", "IN", "NOWHERE", "--scheme", "w4g32"], "No such file or directory"),
+        (
+            ["quantize", "IN", "OUT", "--scheme", "w4g32", "--skip", "*"],
+            "holds no 2-D float16, bfloat16 or float32 weight",
+        ),
+        (["quantize", "IN", "NOWHERE", "--scheme", "w4g32"], "there is no folder"),
+        (["quantize", "IN", "FOLDER", "--scheme", "w4g32"], "is a folder"),
+        (["quantize", "IN", "IN", "--scheme", "w4g32"], "is the input itself"),
+        (["quantize", "IN", "OUT", "--scheme", "w4g32", "--skip", "layers*"], "--skip layers* fits no tensor"),
         (["inspect", "MISSING"], "No such file or directory"),
         (["inspect", "TEXT"], "not a whole safetensors file"),
         (["inspect", "IN"], "not a qkernels file"),
@@ -90,7 +96,7 @@ def test_what_it_cannot_do_is_one_line(
     out.write_text("kept")
     places = {
         "IN": model_file, "OUT": out, "MISSING": tmp_path / "missing", "TEXT": text, "NAN": nan,
-        "NOWHERE": tmp_path / "no" / "such" / "folder",
+        "NOWHERE": tmp_path / "no" / "such" / "folder", "FOLDER": tmp_path,
     }  # fmt: skip
     before = sorted(tmp_path.iterdir())
     assert cli.main([str(places.get(a, a)) for a in arguments]) == 2

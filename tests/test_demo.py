@@ -126,6 +126,8 @@ def test_windows_unwrap_paragraphs(tiny: pathlib.Path) -> None:
         (["--model", "TINY", "--text", "MISSING"], "No such file"),
         (["--model", "TINY", "--text", "TEXT", "--schemes", "w4"], "'w4' is not a scheme"),
         (["--model", "TINY", "--text", "TEXT", "--device", "toaster"], "toaster"),
+        (["--model", "TINY", "--text", "TEXT", "--device", "meta"], "--device must be cpu"),
+        (["--model", "TINY", "--text", "TEXT", "--out", "TEXT"], "is not a folder"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -136,7 +138,7 @@ def test_bad_input_is_one_line(
     empty.mkdir()
     places = {"MISSING": tmp_path / "missing", "EMPTY": empty, "TINY": tiny, "TEXT": text}
     out = tmp_path / "out"
-    assert cli.main(["demo", *(str(places.get(a, a)) for a in arguments), "--out", str(out)]) == 2
+    assert cli.main(["demo", "--out", str(out), *(str(places.get(a, a)) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert "qkernels: error: " in error
     assert message in error

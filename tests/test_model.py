@@ -2,53 +2,21 @@ from __future__ import annotations
 
 import gc
 import math
-import pathlib
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import qkernels
-from qkernels import FormatError, QTensor, QuantLinear
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
-
-
-class TinyModel(nn.Module):
-    """Tied output layer, shared block, a buffer, a norm, a convolution: what a walk over a model meets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.again = self.blocks[0]
-        self.norm = nn.LayerNorm(64)
-        self.lm_head = nn.Linear(64, 50, bias=False)
-        self.lm_head.weight = self.embed.weight
-        self.register_buffer("steps", torch.arange(3))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in [*self.blocks, self.again]:
-            x = block(x)
-        return self.lm_head(self.norm(x))
+from qkernels import QuantLinear
+from tests.tiny_model import TOKENS, TinyModel
 
 
 @pytest.fixture
 def model() -> TinyModel:
     return TinyModel().eval()
-
-
-TOKENS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
 def _fake_quantized(model: TinyModel, scheme: str) -> TinyModel:
@@ -172,83 +140,55 @@ def test_a_progress_bar_is_shown(model: TinyModel, capsys: pytest.CaptureFixture
     assert "quantizing" in capsys.readouterr().err
 
 
-# ---- save and load ----
+def test_shared_layers_answer_to_all_their_names() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "c": nn.Linear(32, 4)})
+    model["b"] = model["a"]
+    report = qkernels.quantize_model(model, "w4g32", skip=["b"], progress=False)
+    assert report.skipped == ("a",)
+    assert isinstance(model["c"], QuantLinear)
+    qkernels.quantize_model(model, "w4g32", schemes={"b": "w8c"}, progress=False)
+    assert model["a"] is model["b"]
+    assert str(model["a"].scheme) == "w8c"
 
 
-@pytest.mark.parametrize("scheme", ["w4g32", "w8cs", "w3g64f-bf16", "w2t"])
-def test_a_saved_model_loads_into_a_fresh_one(model: TinyModel, scheme: str, tmp_path: pathlib.Path) -> None:
-    qkernels.quantize_model(model, scheme, progress=False)
-    path = tmp_path / "model.safetensors"
-    qkernels.save(model, path)
-    fresh = TinyModel().eval()
-    assert qkernels.load(path, fresh) is fresh
-    for again in (fresh, qkernels.load(path, qkernels.load(path, TinyModel().eval()))):
-        with torch.no_grad():
-            assert torch.equal(again(TOKENS), model(TOKENS))
-        assert again.lm_head.weight is again.embed.weight
-        assert again.again is again.blocks[0]
-    assert not fresh.blocks[0].up.training
+def test_a_scheme_for_the_output_layer_beats_the_default_skip(model: TinyModel) -> None:
+    report = qkernels.quantize_model(model, "w4g32", schemes={"lm_head": "w8c"}, progress=False)
+    assert str(model.lm_head.scheme) == "w8c"
+    assert report.skipped == ()
+    other = TinyModel()
+    qkernels.quantize_model(other, "w4g32", schemes={"lm_head": "w8c"}, skip=["lm_head"], progress=False)
+    assert type(other.lm_head) is nn.Linear
 
 
-def test_a_saved_model_loads_into_a_meta_model(model: TinyModel, tmp_path: pathlib.Path) -> None:
-    qkernels.quantize_model(model, "w4g32", progress=False)
-    path = tmp_path / "model.safetensors"
-    qkernels.save(model, path)
-    with torch.device("meta"):
-        fresh = TinyModel().eval()
-    qkernels.load(path, fresh)
+def test_subclasses_are_left_alone_and_reported() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(32, 32), nn.Linear(32, 4))
+    assert qkernels.quantize_model(model, "w4g32", progress=False).skipped == ("0",)
+    with pytest.raises(ValueError, match=r"no nn\.Linear to quantize: only 0, left alone"):
+        qkernels.quantize_model(model, "w4g32", progress=False)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(32, 4))
+    model[0].forward = lambda x: 0 * x[..., :4]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="0 has hooks or a forward of its own"):
+        qkernels.quantize_model(model, "w4g32", progress=False)
+
+
+def test_transformer_encoder_layers_do_not_take_their_fused_path() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 64)
+    wanted = model(x)
+    qkernels.quantize_model(model, "w8g32", progress=False)
     with torch.no_grad():
-        assert torch.equal(fresh(TOKENS), model(TOKENS))
+        torch.testing.assert_close(model(x), wanted, rtol=0.1, atol=0.1)
 
 
-def test_the_file_is_as_small_as_its_report(model: TinyModel, tmp_path: pathlib.Path) -> None:
-    report = qkernels.quantize_model(model, "w4g32", progress=False)
-    path = tmp_path / "model.safetensors"
-    qkernels.save(model, path)
-    plain = 4 * (50 * 64 + 2 * 128 + 2 * 64) + 3 * 8  # embedding once although tied, biases, norm, buffer
-    assert report.nbytes + plain < path.stat().st_size < report.nbytes + plain + 4000
-
-
-def test_tensors_load_without_a_model(model: TinyModel, tmp_path: pathlib.Path) -> None:
-    weight = model.blocks[0].up.weight.detach().clone()
-    qkernels.quantize_model(model, "w4g32", progress=False)
-    path = tmp_path / "model.safetensors"
-    qkernels.save(model, path)
-    tensors = qkernels.load(path)
-    q = tensors["blocks.0.up.weight"]
-    assert isinstance(q, QTensor)
-    assert torch.equal(q.dequantize(), qkernels.quantize(weight, "w4g32").dequantize())
-    assert set(tensors) == set(TinyModel().state_dict())
-    qkernels.save({"only": q, "plain": torch.arange(3)}, tmp_path / "some.safetensors")
-    some = qkernels.load(tmp_path / "some.safetensors")
-    assert torch.equal(some["only"].dequantize(), q.dequantize())
-    assert torch.equal(some["plain"], torch.arange(3))
-
-
-def test_a_file_that_does_not_fit_the_model_changes_nothing(model: TinyModel, tmp_path: pathlib.Path) -> None:
-    qkernels.quantize_model(model, "w4g32", progress=False)
-    state = dict(qkernels.load(_saved(model, tmp_path)))
-    fresh = TinyModel()
-    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    other = qkernels.quantize(torch.randn(128, 96), "w4g32")
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({**state, "blocks.0.up.weight": other}, r"up\.weight is \(128, 96\), but the model's layer is \(128, 64\)"),
-        ({**state, "blocks.9.up.weight": other}, r"blocks\.9\.up\.weight is quantized, but the model has no Linear"),
-        ({**state, "norm.weight": other}, r"norm\.weight is quantized, but the model has no Linear"),
-        ({**state, "extra": torch.zeros(1)}, r"extra is not in the model \(1 such"),
-        ({n: t for n, t in state.items() if n != "norm.bias"}, r"norm\.bias, which the model wants, is missing"),
-        ({**state, "norm.bias": torch.zeros(9)}, r"norm\.bias is \(9,\), but the model's is \(64,\)"),
-    ]  # fmt: skip
-    for tensors, message in cases:
-        path = tmp_path / "changed.safetensors"
-        qkernels.save(tensors, path)
-        with pytest.raises(FormatError, match=message):
-            qkernels.load(path, fresh)
-        assert not any(isinstance(m, QuantLinear) for m in fresh.modules())
-        assert all(torch.equal(t, before[name]) for name, t in fresh.state_dict().items())
-
-
-def _saved(model: nn.Module, folder: pathlib.Path) -> pathlib.Path:
-    path = folder / "saved.safetensors"
-    qkernels.save(model, path)
-    return path
+def test_names_are_not_markup(model: TinyModel) -> None:
+    odd = nn.ModuleDict({"x[/b]": nn.Linear(32, 4), "a very long name " * 20: nn.Linear(32, 4)})
+    text = str(qkernels.quantize_model(odd, "w4g32", progress=False))
+    assert "x[/b]" in text
+    assert "a very long name " * 19 in text
+    assert text.splitlines()[0].startswith("2 layers: 1.0 kB -> ")

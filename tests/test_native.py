@@ -89,7 +89,11 @@ def test_bad_things_to_write_are_named(tmp_path: pathlib.Path) -> None:
         native.write(tmp_path / "file", {"a": _weight(), "a_scale": torch.ones(1)})
     with pytest.raises(TypeError, match="'a' must be a Tensor or a QTensor, got list"):
         native.write(tmp_path / "file", {"a": [1.0]})
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(ValueError, match="got '__metadata__'"):
+        native.write(tmp_path / "file", {"__metadata__": torch.ones(1)})
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        native.write(tmp_path, {"a": torch.ones(1)})
+    with pytest.raises(OSError, match="there is no folder"):
         native.write(tmp_path / "nowhere" / "file", {"a": torch.ones(1)})
     assert os.listdir(tmp_path) == []
 
@@ -228,3 +232,12 @@ def test_any_damaged_file_is_read_or_refused(data: st.DataObject, tmp_path: path
     for tensor in tensors.values():
         if isinstance(tensor, QTensor):
             assert tensor.dequantize().shape == tensor.shape
+
+
+def test_lazy_views_are_stored_as_what_they_show(tmp_path: pathlib.Path) -> None:
+    z = torch.randn(3, dtype=torch.complex64)
+    native.write(tmp_path / "file", {"z": z, "conjugate": z.conj()})
+    tensors = native.read(tmp_path / "file")
+    conjugate = tensors["conjugate"]
+    assert isinstance(conjugate, Tensor)
+    assert torch.equal(conjugate, z.conj().resolve_conj())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qkernels import QuantLinear, checks, ops, reference
 from qkernels.scheme import Scheme
@@ -67,6 +68,33 @@ def test_gradients_of_x_and_bias_are_those_of_the_dequantized_weight(weight: Wei
         wanted = torch.autograd.grad(torch.nn.functional.linear(x, dense, bias), (x, bias), out)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_one_token() -> None:
+    layer, x = QuantLinear.from_linear(torch.nn.Linear(32, 4), "w4g16"), torch.randn(32, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.bias is not None
+    assert torch.equal(layer.bias.grad, torch.ones(4))
+    torch.testing.assert_close(x.grad, layer.qweight.dequantize().sum(0))
+
+
+def test_forward_mode_raises_rather_than_lose_the_tangent() -> None:
+    layer, x = QuantLinear(QuantLinear.from_linear(torch.nn.Linear(32, 4), "w4g16").qweight), torch.randn(3, 32)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(layer, (x,), (x,))
+    with (
+        torch.no_grad(),
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="no forward-mode derivative"),
+    ):
+        layer(forward_ad.make_dual(x, x))
+
+
+def test_autocast_leaves_what_it_should_not_cast() -> None:
+    layer = QuantLinear.from_linear(torch.nn.Linear(32, 4), "w4g16")
+    for x in (torch.ones(2, 32, dtype=torch.int32), torch.ones(2, 32).double()):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x must be float16"):
+            layer(x)
 
 
 def test_gradient_of_a_frozen_layer_reaches_the_layer_before() -> None:

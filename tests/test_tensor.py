@@ -80,8 +80,13 @@ def test_other_functions_say_what_is_supported(w: torch.Tensor) -> None:
         torch.matmul(q.T, w)
     with pytest.raises(TypeError):
         w @ q
-    with pytest.raises(TypeError, match="takes a QTensor as its weight"):
+    with pytest.raises(TypeError, match="takes a Tensor and a QTensor, got QTensor and Tensor"):
         F.linear(q, w)
+    assert torch.equal(torch.matmul(w, other=q.T), w @ q.T)
+    with pytest.raises(TypeError, match=r"q\.dequantize\(torch\.float16\) gives a tensor"):
+        q.to(torch.float16)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"w must be a torch\.Tensor, got list"):
+        qkernels.quantize([[1.0]], "w4g32")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x must be .* K = 96, got \(2, 95\)"):
         F.linear(torch.randn(2, 95), q)
 
@@ -143,7 +148,8 @@ def test_changing_the_dtype_of_a_module_leaves_codes_and_scales(dtype: torch.dty
     before = [t.clone() for t in layer.qweight.tensors]
     model = torch.nn.Sequential(layer, torch.nn.LayerNorm(24)).to(dtype)
     assert layer.bias is not None
-    assert layer.bias.dtype is model[1].weight.dtype is dtype
+    assert model[1].weight.dtype is dtype
+    assert layer.bias.dtype is (dtype if dtype is not torch.float64 else torch.float32)  # which x cannot be
     for old, new in zip(before, layer.qweight.tensors, strict=True):
         assert old.dtype is new.dtype
         assert torch.equal(old, new)
@@ -178,3 +184,17 @@ def test_oracle_and_layer_agree_in_half_precision() -> None:
     x = torch.randn(3, 96).half()
     q = layer.qweight
     assert torch.equal(layer(x), reference.matmul(x, q.packed, q.scale, q.zero, layer.bias, q.scheme))
+
+
+def test_a_bias_that_does_not_fit_is_refused() -> None:
+    q = qkernels.quantize(torch.randn(4, 32), "w4g32")
+    for bias in (torch.ones(3), torch.ones(4).double()):
+        with pytest.raises(ValueError, match=r"bias must be \(4,\) floating"):
+            QuantLinear(q, bias)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_errors_of_very_small_and_large_weights(size: float) -> None:
+    w = torch.randn(8, 64)
+    plain = qkernels.quantize(w, "w3g32-fp32").error(w)
+    assert qkernels.quantize(w * size, "w3g32-fp32").error(w * size).snr_db == pytest.approx(plain.snr_db, abs=0.01)

@@ -44,14 +44,16 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
+    device = _device(options.device)
+    if options.out.exists() and not options.out.is_dir():
+        raise NotADirectoryError(f"--out {options.out} is not a folder")
     schemes = [Scheme.parse(s) for s in options.schemes or (QUICK_SCHEMES if options.quick else SCHEMES)]
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with console.status("fetching model and text (once, about 100 MB)"):
         text_path = options.text or fetch.fetch(fetch.LCET10)
         model_path = options.model or fetch.fetch(fetch.SMOLLM2)
+    text = pathlib.Path(text_path).read_text(encoding="utf-8", errors="replace")
     with console.status(f"loading {model_path}"):
         model, tokenizer = language_model.load(model_path, device)
-        text = pathlib.Path(text_path).read_text(encoding="utf-8", errors="replace")
         windows = language_model.windows(
             text, tokenizer, options.windows or (QUICK_WINDOWS if options.quick else WINDOWS)
         )
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     record = _record(name, str(text_path.name), device, windows, original, variants)
     console.print()
     title = f"{record['layers']} linear layers, {record['weights'] / 1e6:.0f} M weights"
-    console.print(tables.table(title, COLUMNS, rows(record)))
+    console.print(tables.text(title, COLUMNS, rows(record)) + "\n", markup=False, soft_wrap=True)
 
     chosen = next((name for name in ("w4g64", "w4g128") if name in variants), str(schemes[0]))
     console.print(f"[bold]{chosen}[/bold] answers, its layers multiplying packed codes:")
@@ -85,6 +87,16 @@ def run(options: argparse.Namespace) -> None:
     layer, row = plots.row_with_largest_outlier(model)
     plots.outlier_row(options.out / "outlier.png", layer, dict(model.named_modules())[layer].weight, row)
     console.print(f"saved demo.json, perplexity.png and outlier.png in {options.out}")
+
+
+def _device(wanted: str | None) -> str:
+    """ "cuda" or "cpu", as wanted or as there is."""
+    has_gpu = torch.cuda.is_available()
+    if wanted is None:
+        return "cuda" if has_gpu else "cpu"
+    if torch.device(wanted).type not in ("cpu", "cuda") or (wanted.startswith("cuda") and not has_gpu):
+        raise ValueError(f"--device must be cpu{' or cuda' if has_gpu else ', as torch finds no GPU'}, got {wanted!r}")
+    return wanted
 
 
 def _quantized_copy(model: Any, scheme: Scheme) -> _Variant:

@@ -42,17 +42,22 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     """
     from safetensors.torch import save_file
 
+    path = pathlib.Path(path)
+    check_writable(path)
     stored: dict[str, Tensor] = {}
     weights: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise ValueError(f"a tensor's name must be a str other than '__metadata__', got {name!r}")
         own = tensor.tensors if isinstance(tensor, QTensor) else (tensor,)
         parts = dict(zip(("", "_scale", "_zero"), own, strict=False))
         for suffix, part in parts.items():
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name!r} must be a Tensor or a QTensor, got {type(part).__name__}")
+            parts[suffix] = part.detach().resolve_conj().resolve_neg()  # lazy views, which memory does not show
             if name + suffix in stored or name + suffix in aliases:
                 raise ValueError(f"two tensors would be stored as {name + suffix!r}")
         memory = tuple(_memory(part) for part in parts.values())
@@ -70,7 +75,6 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
         "qkernels_version": VERSION,
         "qkernels": json.dumps({"weights": weights, "aliases": aliases}),
     }
-    path = pathlib.Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
@@ -82,6 +86,14 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
         raise
 
 
+def check_writable(path: pathlib.Path) -> None:
+    """Raise OSError, naming the path, if a file could not be put there."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+
+
 def _memory(tensor: Tensor) -> object:
     """Equal for tensors that are the same; empty ones are only ever themselves."""
     if not tensor.numel():
@@ -91,7 +103,6 @@ def _memory(tensor: Tensor) -> object:
 
 def _own_memory(tensor: Tensor, taken: set[int]) -> Tensor:
     """The tensor, contiguous and alone in its storage, as safetensors wants it; taken are the storages so far."""
-    tensor = tensor.detach()
     storage = tensor.untyped_storage()
     if not tensor.is_contiguous() or storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -109,6 +120,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
     """
     from safetensors import SafetensorError, safe_open
 
+    torch.device(device)  # RuntimeError for what is none
     with open(path, "rb"):  # OSError rather than a message of safetensors'
         pass
     try:

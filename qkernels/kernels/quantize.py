@@ -252,19 +252,18 @@ def encode_kernel(
 
 
 def quantize(w: Tensor, scheme: Scheme, config: QuantizeConfig) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launch only: (packed, scale, zero) of w with inner stride 1, for groups that fits_tile says fit a tile."""
+    """Launch only: (packed, scale, zero) of w with inner stride 1, where choose.group_fits_tile."""
     N, K = w.shape
     packed = w.new_empty((N, packing.packed_words(scheme.bits, K)), dtype=torch.int32)
     scale = w.new_empty(scheme.scale_shape(N, K), dtype=scheme.scale_dtype)
     zero = None if scheme.zero_dtype is None else torch.empty_like(scale, dtype=scheme.zero_dtype)
     group = triton.next_power_of_2(scheme.group_length(K))
-    tile = max(group, packing.block_columns(scheme.bits))
     with on_device(w):
-        quantize_kernel[triton.cdiv(N, config.block_n), triton.cdiv(K, tile)](
+        quantize_kernel[triton.cdiv(N, config.block_n), triton.cdiv(K, config.tile)](
             w, packed, scale, scale if zero is None else zero,
             N, K,
             w.stride(0), packed.stride(0), *group_strides(scale),
-            BITS=scheme.bits, GROUP=group, VALUE_MAP=scheme.value_map, BLOCK_N=config.block_n, TILE=tile,
+            BITS=scheme.bits, GROUP=group, VALUE_MAP=scheme.value_map, BLOCK_N=config.block_n, TILE=config.tile,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return packed, scale, zero
@@ -274,13 +273,12 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, config
     """Launch only: packed codes of w with inner stride 1, for scales and zeros of any group length."""
     N, K = w.shape
     packed = w.new_empty((N, packing.packed_words(scheme.bits, K)), dtype=torch.int32)
-    tile = packing.block_columns(scheme.bits)
     with on_device(w):
-        encode_kernel[triton.cdiv(N, config.block_n), triton.cdiv(K, tile)](
+        encode_kernel[triton.cdiv(N, config.block_n), triton.cdiv(K, config.tile)](
             w, packed, scale, scale if zero is None else zero,
             N, K, scheme.group_length(K),
             w.stride(0), packed.stride(0), *group_strides(scale),
-            BITS=scheme.bits, VALUE_MAP=scheme.value_map, BLOCK_N=config.block_n, TILE=tile,
+            BITS=scheme.bits, VALUE_MAP=scheme.value_map, BLOCK_N=config.block_n, TILE=config.tile,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return packed

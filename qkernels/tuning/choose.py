@@ -30,7 +30,7 @@ def quantize(scheme: Scheme, in_features: int) -> QuantizeConfig:
     tile = block_columns(scheme.bits)
     if group_fits_tile(scheme, in_features):
         tile = max(tile, _power_of_two(scheme.group_length(in_features)))
-    return QuantizeConfig(block_n=max(1, 4096 // tile), num_warps=4)
+    return QuantizeConfig(block_n=max(1, 4096 // tile), tile=tile, num_warps=4)
 
 
 def dequantize() -> DequantizeConfig:
@@ -43,8 +43,9 @@ def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     # Planes of 1 bit make a step of 256 k, whose body has no registers left for a wider tile of tokens.
     wide = tokens > 16 and block_columns(scheme.bits) < 256
     # Left to itself, ptxas aims at a step of occupancy, and spills a register or two of the larger bodies to reach it.
-    odd_group = isinstance(scheme.group_size, int) and scheme.group_size != _power_of_two(scheme.group_size)
-    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or odd_group or dtype is torch.float32
+    group = scheme.group_size
+    short_chunks = isinstance(group, int) and (group < 32 or group != _power_of_two(group))
+    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or short_chunks or dtype is torch.float32
     return MatmulConfig(
         block_m=32 if wide else 16,
         block_n=32 if wide else 64,

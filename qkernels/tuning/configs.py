@@ -11,6 +11,7 @@ class QuantizeConfig:
     """Of quantize_kernel and encode_kernel."""
 
     block_n: int
+    tile: int  # along K: whole blocks of every plane and, in quantize_kernel, whole groups
     num_warps: int
 
 

@@ -1,0 +1,139 @@
+"""Save models and named tensors to a file, and load them: what formats/native.py stores, put into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.formats import native
+from qkernels.formats.native import FormatError, Path
+from qkernels.nn import QuantLinear, places, put
+from qkernels.tensor import QTensor
+
+
+def save(source: nn.Module | Mapping[str, Tensor | QTensor], path: Path) -> None:
+    """Write a model, or named tensors, to one safetensors file with the schemes in its metadata.
+
+    The file appears whole or not at all. Layout: formats/native.py.
+
+    Args:
+        source: a module (its parameters and persistent buffers; QuantLinears as quantized weights) or a mapping.
+        path: of the file.
+    """
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise TypeError(f"source must be a module or a mapping of names to tensors, got {type(source).__name__}")
+    if not isinstance(source, nn.Module):
+        native.write(path, source)
+        return
+    tensors: dict[str, Tensor | QTensor] = dict(source.state_dict(keep_vars=False))
+    for name, layer in _quantized_weights(source).items():
+        for suffix in ("_scale", "_zero"):
+            tensors.pop(name + suffix, None)
+        tensors[name] = layer.qweight
+    native.write(path, tensors)
+
+
+def load(path: Path, model: nn.Module | None = None, device: torch.device | str = "cpu") -> Any:
+    """Read what `save` wrote.
+
+    Args:
+        path: of the file.
+        model: where to put it: the architecture that was saved, quantized or not, on any device, meta too. Its Linears
+            become QuantLinears where the file has quantized weights.
+        device: for the tensors, where no model is given.
+    Returns:
+        The model if there is one, else {name: Tensor or QTensor}.
+    Raises:
+        FormatError: the file is damaged, hostile or of another format, or does not fit the model, which is unchanged.
+        ValueError, TypeError: the model has buffers on the meta device that no file holds, or is a linear layer.
+        OSError: the file cannot be read.
+    """
+    if isinstance(model, (nn.Linear, QuantLinear)):
+        raise TypeError("model is itself a linear layer; QuantLinear(qkernels.load(path)['weight']) makes one")
+    if model is not None:
+        _check_buffers(model)
+    tensors = native.read(path, device if model is None else "cpu")
+    if model is None:
+        return tensors
+    quantized = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QTensor)}
+    plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    where = places(model)
+    ties = _ties(model)
+    layers = _check_fits_model(path, model, quantized, plain, ties)
+    for module, tensor in layers.items():
+        old = module.weight
+        target = "cpu" if old.is_meta else old.device
+        layer = QuantLinear(tensor.to(target), module.bias).train(module.training)
+        put(layer, where[module])
+    on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    model.load_state_dict(plain, strict=False, assign=on_meta)
+    for group in ties:
+        first = next((name for name in group if name in plain), None)
+        for name in group:
+            if first is not None and name != first:
+                parent_name, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent_name), attribute, model.get_parameter(first))
+    return model
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """Raise ValueError for buffers that no file holds and that have no values yet."""
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in stored:
+            raise ValueError(f"{name} of the model is on the meta device and is not stored in files: make it on cpu")
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one, each group of at least two."""
+    groups: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(parameter, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _quantized_weights(model: nn.Module) -> dict[str, QuantLinear]:
+    """{name of the packed parameter: layer}, under every name that a layer has."""
+    return {
+        f"{name}.weight" if name else "weight": module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear)
+    }
+
+
+def _check_fits_model(
+    path: Path,
+    model: nn.Module,
+    quantized: Mapping[str, QTensor],
+    plain: Mapping[str, Tensor],
+    ties: Sequence[Sequence[str]],
+) -> dict[Any, QTensor]:
+    """{layer to replace: its new weight}, if the file holds just what the model wants."""
+    wanted = dict(model.state_dict())
+    layers = {}
+    for name, tensor in quantized.items():
+        module_name, _, attribute = name.rpartition(".")
+        try:
+            module = model.get_submodule(module_name)
+        except AttributeError:
+            module = None
+        if attribute != "weight" or not (type(module) is nn.Linear or isinstance(module, QuantLinear)):
+            raise FormatError(f"{path}: {name} is quantized, but the model has no Linear of that name")
+        if (module.out_features, module.in_features) != tensor.shape:
+            shape = (module.out_features, module.in_features)
+            raise FormatError(f"{path}: {name} is {tuple(tensor.shape)}, but the model's layer is {shape}")
+        layers[module] = tensor
+        for suffix in ("", "_scale", "_zero"):
+            wanted.pop(name + suffix, None)
+    if unexpected := plain.keys() - wanted.keys():
+        raise FormatError(f"{path}: {min(unexpected)} is not in the model ({len(unexpected)} such tensors)")
+    tied = {name for group in ties if any(name in plain for name in group) for name in group}
+    if missing := wanted.keys() - plain.keys() - tied:
+        raise FormatError(f"{path}: {min(missing)}, which the model wants, is missing ({len(missing)} such tensors)")
+    for name, value in plain.items():
+        if value.shape != wanted[name].shape:
+            raise FormatError(f"{path}: {name} is {tuple(value.shape)}, but the model's is {tuple(wanted[name].shape)}")
+    return layers
