@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     )
     layer, row = plots.row_with_largest_outlier(model)
     plots.outlier_row(options.out / "outlier.png", layer, dict(model.named_modules())[layer].weight, row)
-    console.print(f"saved demo.json, perplexity.png and outlier.png in {options.out}")
+    console.print(f"saved demo.json, perplexity.png and outlier.png in {options.out}", soft_wrap=True)
 
 
 def _device(wanted: str | None) -> str:
