@@ -189,6 +189,16 @@ def test_activations_and_weights_beyond_int32() -> None:
         assert torch.equal(whole[1][:, -64:], tail[1])
 
 
+def test_more_blocks_than_a_second_grid_dimension_holds() -> None:
+    weight, x = exact_weight("w3g16", 5, 16), signs(2**21 + 3, 16, torch.float16)
+    assert torch.equal(_matmul(x.cuda(), weight).cpu(), truth.rounded(truth.as_array(x) @ weight.values.T, x.dtype))
+    w = torch.randn(1, 2**26, device="cuda")
+    found = ops.quantize(w, "w4g16")
+    for a, b in zip(found, reference.quantize(w.cpu(), Scheme.parse("w4g16")), strict=True):
+        assert a is not None
+        assert torch.equal(a.cpu(), b)
+
+
 def test_gpu_model_from_quantize_to_answer() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 64)).cuda().bfloat16()
     x = torch.randn(9, 256, device="cuda", dtype=torch.bfloat16)

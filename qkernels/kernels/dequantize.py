@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels.kernels.launch import group_strides, on_device
+from qkernels.kernels.launch import group_strides, on_device, program_of
 from qkernels.kernels.unpack import load_codes
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import DequantizeConfig
@@ -34,8 +34,9 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n_block, k_block = program_of(N, BLOCK_N)
+    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (n < N)[:, None] & (k < K)[None, :]
     n64 = n.to(tl.int64)  # n * stride overflows int32 on large weights
 
@@ -68,7 +69,7 @@ def dequantize(
     N, K = packed.shape[0], in_features
     w = packed.new_empty((N, K), dtype=dtype)
     with on_device(packed):
-        dequantize_kernel[triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)](
+        dequantize_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)](
             packed, scale, scale if zero is None else zero, w,
             N, K, scheme.group_length(K),
             packed.stride(0), *group_strides(scale), w.stride(0),

@@ -5,7 +5,19 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def program_of(N, BLOCK_N: tl.constexpr):
+    """(block of N, block of the other dimension) of this program, in a one-dimensional grid, blocks of N first.
+
+    A second dimension of a grid ends at 65535.
+    """
+    blocks = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    return program % blocks, program // blocks
 
 
 @functools.cache

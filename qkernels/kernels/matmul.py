@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import group_strides, has_ptx, on_device
+from qkernels.kernels.launch import group_strides, has_ptx, on_device, program_of
 from qkernels.kernels.unpack import (
     block_slots,
     lane_bits,
@@ -104,8 +104,9 @@ def matmul_kernel(
     CENTER: tl.constexpr = 2 ** (BITS - 1)
     ZERO: tl.constexpr = None if VALUE_MAP == "affine" else CENTER
 
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_block, m_block = program_of(N, BLOCK_N)
+    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, 16)
     n_mask = n < N
     m_mask = (m < M)[None, :]
@@ -200,7 +201,7 @@ def matmul(
     (M, K), N = x.shape, packed.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     stride_scale_g, stride_scale_n = group_strides(scale)
-    grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
+    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(M, config.block_m),)
     with on_device(x):
         matmul_kernel[grid](
             x, packed, scale, scale if zero is None else zero, x if bias is None else bias, y,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import group_strides, on_device
+from qkernels.kernels.launch import group_strides, on_device, program_of
 from qkernels.kernels.unpack import lane_bits, plane_bits, plane_count, plane_shift
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import QuantizeConfig
@@ -183,8 +183,9 @@ def quantize_kernel(
 ):
     GROUPS: tl.constexpr = TILE // GROUP
     dtype = scale_ptr.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_start = tl.program_id(1) * TILE
+    n_block, k_block = program_of(N, BLOCK_N)
+    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_start = k_block * TILE
     k = k_start + tl.arange(0, TILE)
     n_mask = n < N
     mask = n_mask[:, None] & (k < K)[None, :]
@@ -233,8 +234,9 @@ def encode_kernel(
     TILE: tl.constexpr,  # along K: whole blocks of every plane
 ):
     """Codes for scales and zeros that are already there: for groups that do not fit a tile."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_start = tl.program_id(1) * TILE
+    n_block, k_block = program_of(N, BLOCK_N)
+    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_start = k_block * TILE
     k = k_start + tl.arange(0, TILE)
     n_mask = n < N
     mask = n_mask[:, None] & (k < K)[None, :]
@@ -259,7 +261,7 @@ def quantize(w: Tensor, scheme: Scheme, config: QuantizeConfig) -> tuple[Tensor,
     zero = None if scheme.zero_dtype is None else torch.empty_like(scale, dtype=scheme.zero_dtype)
     group = triton.next_power_of_2(scheme.group_length(K))
     with on_device(w):
-        quantize_kernel[triton.cdiv(N, config.block_n), triton.cdiv(K, config.tile)](
+        quantize_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.tile),)](
             w, packed, scale, scale if zero is None else zero,
             N, K,
             w.stride(0), packed.stride(0), *group_strides(scale),
@@ -274,7 +276,7 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, config
     N, K = w.shape
     packed = w.new_empty((N, packing.packed_words(scheme.bits, K)), dtype=torch.int32)
     with on_device(w):
-        encode_kernel[triton.cdiv(N, config.block_n), triton.cdiv(K, config.tile)](
+        encode_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.tile),)](
             w, packed, scale, scale if zero is None else zero,
             N, K, scheme.group_length(K),
             w.stride(0), packed.stride(0), *group_strides(scale),
