@@ -14,6 +14,7 @@ from torch import Tensor
 from qkernels import packing
 from qkernels.scheme import Scheme, as_scheme
 
+LARGEST_IN_FEATURES = 2**28 - 16  # kernels count the bits of a row, rounded up to lanes, in int32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of weights, activations, scales and offsets
 
 
@@ -29,8 +30,7 @@ class _Layout(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _layout(scheme: str, out_features: int, in_features: int) -> _Layout:
     parsed = as_scheme(scheme)
-    if not 0 <= in_features < 2**28:  # kernels count the bits of a row in int32
-        raise ValueError(f"in_features must be from 0 to 2**28 - 1, got {in_features}")
+    _check_in_features(in_features)
     return _Layout(
         parsed,
         (out_features, packing.packed_words(parsed.bits, in_features)),
@@ -71,6 +71,16 @@ def _weight_error(name: str, wanted: str, scheme: str, in_features: int, got: Te
     return ValueError(f"{name} must be {wanted} for scheme {scheme!r} with K = {in_features}, got {found}")
 
 
+def check_zeros(zero: Tensor | None, scheme: Scheme) -> None:
+    """Raise ValueError for integer zeros that are no code. It waits for a GPU: not for every call."""
+    if scheme.value_map != "affine" or zero is None or not zero.numel() or zero.is_meta:
+        return
+    if torch.compiler.is_compiling() or type(zero) not in (Tensor, torch.nn.Parameter):
+        return  # no values to look at
+    if (largest := int(zero.max())) > scheme.code_max:
+        raise ValueError(f"zero must be at most {scheme.code_max} for scheme {str(scheme)!r}, got {largest}")
+
+
 def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
     """Raise TypeError or ValueError unless x, and bias if any, can meet the weight."""
     shape = x.shape
@@ -95,7 +105,13 @@ def check_quantize(w: Tensor, scheme: str) -> Scheme:
         raise ValueError(f"w must be 2-D (out_features, in_features), got shape {tuple(w.shape)}")
     if w.dtype not in DTYPES:
         raise TypeError(f"w must be float16, bfloat16 or float32, got {w.dtype}")
+    _check_in_features(w.shape[1])
     return parsed
+
+
+def _check_in_features(in_features: int) -> None:
+    if not 0 <= in_features <= LARGEST_IN_FEATURES:
+        raise ValueError(f"in_features must be from 0 to {LARGEST_IN_FEATURES}, got {in_features}")
 
 
 def check_dequantize(

@@ -316,7 +316,8 @@ def matmul(
     calls the implementation directly, which saves a few microseconds.
 
     Raises:
-        ValueError, TypeError: a tensor has another shape, dtype or device than the others and the scheme ask for.
+        ValueError, TypeError: a tensor has another shape, dtype or device than the others and the scheme ask for. That
+            integer zeros are codes, at most 2**bits - 1, is not checked here, but where a QTensor is made.
     """
     if not torch.compiler.is_compiling() and not _needs_gradient(x, bias) and not _any_autocast():
         direct = _direct_matmul(x)

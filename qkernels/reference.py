@@ -109,8 +109,9 @@ def scale_and_zero(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, T
         stored = _round_toward(low, dtype, up=False)
         check_fits("offset", stored, scheme)
         low, steps = stored.float(), scheme.code_max
-    # Halves, because high - low may overflow.
-    exact = (high * 0.5 - low * 0.5) / steps * 2.0
+    # Halves, because high - low may overflow. A tensor of steps, because torch multiplies by the reciprocal of a number
+    # on CUDA, which rounds twice.
+    exact = (high * 0.5 - low * 0.5) / torch.full_like(high, steps) * 2.0
     scale = torch.maximum(_round_toward(exact, dtype, up=True), _smallest_positive(dtype, exact))
     scale = torch.where(high > low, scale, torch.ones_like(scale))
     check_fits("scale", scale, scheme)

@@ -64,7 +64,7 @@ class QTensor:
         in_features: K, which packed, being padded, does not tell.
 
     Raises:
-        ValueError: a tensor has another shape, dtype or device than the scheme asks for.
+        ValueError: a tensor has another shape, dtype or device than the scheme asks for, or a zero is no code.
     """
 
     packed: Tensor
@@ -75,6 +75,7 @@ class QTensor:
 
     def __post_init__(self) -> None:
         checks.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features)
+        checks.check_zeros(self.zero, self.scheme)
 
     @property
     def shape(self) -> torch.Size:

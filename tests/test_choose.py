@@ -13,8 +13,8 @@ from qkernels.tuning import choose
 from qkernels.tuning.configs import MatmulConfig, QuantizeConfig
 from tests.helpers import ALL_MAPS
 
-DECODE = MatmulConfig(block_m=16, block_n=64, blocks=1, num_warps=2, num_stages=3)
-BATCH = MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3)
+DECODE = MatmulConfig(block_m=16, block_n=64, blocks=1, num_warps=2, num_stages=3, max_registers=128)
+BATCH = MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3, max_registers=128)
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,16 @@ BATCH = MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3
         (1, "w4g128f", torch.float16, DECODE, True),
         (1, "w3g128", torch.float16, DECODE, True),
         (1, "w4g48", torch.float16, DECODE, True),
+        (1, "w4g192", torch.float16, DECODE, True),
+        (1, "w4g64", torch.float16, DECODE, True),
         (64, "w6ts", torch.bfloat16, BATCH, True),
         (64, "w7ts", torch.bfloat16, DECODE, True),
-        (64, "w1g64", torch.bfloat16, DECODE, False),
+        (64, "w1g256", torch.bfloat16, DECODE, False),
     ],
 )
 def test_matmul(tokens: int, scheme: str, dtype: torch.dtype, wanted: MatmulConfig, large: bool) -> None:
     found = choose.matmul(tokens, Scheme.parse(scheme), dtype)
-    assert found == dataclasses.replace(wanted, max_registers=255 if large else None)
+    assert found == dataclasses.replace(wanted, max_registers=255 if large else 128)
 
 
 @pytest.mark.parametrize(

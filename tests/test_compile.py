@@ -1,4 +1,4 @@
-"""What the ops would launch, compiled for every supported GPU without one: no spills, it fits, it uses tensor cores.
+"""What the ops would launch, compiled for every supported GPU without one: spills, what fits, tensor-core instructions.
 
 Each target gets every width and value map; groups, dtypes and batches take turns, so that the targets together see
 most pairs. `python -m benchmarks.static_cost --all` compiles all of them.
@@ -29,7 +29,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 
 
 def _check(problem: Problem, cost: Cost) -> None:
-    assert cost.stack_bytes == 0, f"{problem} spills {cost.stack_bytes} bytes"
+    assert cost.stack_bytes <= static_cost.spill_budget(problem), f"{problem} spills {cost.stack_bytes} bytes"
     assert cost.shared_bytes <= SHARED_MEMORY_BYTES[problem.capability], f"{problem}: {cost.shared_bytes}"
 
 

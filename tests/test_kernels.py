@@ -134,7 +134,8 @@ def test_views_of_activations(device: str) -> None:
     weight = exact_weight("w4g64", 9, 96)
     x = signs(8, 96, torch.float16)
     expected = truth.rounded(truth.as_array(x) @ weight.values.T, torch.float16)
-    wide = torch.full((8, 200), float("nan"), dtype=torch.float16)
+    x = x.to(device)  # before it is sliced: copies to a GPU are dense
+    wide = torch.full((8, 200), float("nan"), dtype=torch.float16, device=device)
     wide[:, 3:99] = x
     for view in (
         x.T.contiguous().T,  # transposed
@@ -226,10 +227,10 @@ def test_quantize_refuses_what_the_oracle_refuses(scheme: str, bad: float, devic
 
 
 def test_quantize_takes_any_view(device: str) -> None:
-    w = torch.randn(48, 90)
+    w = torch.randn(48, 90).to(device)  # before it is sliced: copies to a GPU are dense
     for view in (w.T, w[:, 3:], w[::2], w[1:, ::3], w[:1].expand(5, 90)):
         _assert_same_bits(
-            _quantize(view, "w4g32", device), reference.quantize(view.contiguous(), Scheme.parse("w4g32")), "view"
+            _quantize(view, "w4g32", device), reference.quantize(view.cpu().contiguous(), Scheme.parse("w4g32")), "view"
         )
 
 

@@ -257,6 +257,8 @@ def test_bad_arguments_of_the_others_are_named() -> None:
         ops.quantize(torch.zeros(2, 3, 4), "w4g32")
     with pytest.raises(TypeError, match=r"w must be float16, bfloat16 or float32, got torch\.int8"):
         ops.quantize(torch.zeros(2, 32, dtype=torch.int8), "w4g32")
+    with pytest.raises(ValueError, match=r"in_features must be from 0 to 268435440, got 268435441"):
+        ops.quantize(torch.zeros(1, 1).expand(1, 2**28 - 15), "w8g8192")
     with pytest.raises(ValueError, match="not a scheme"):
         ops.quantize(torch.zeros(2, 32), "int4")
     weight = random_weight("w4g32", 12, 96)

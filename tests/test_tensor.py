@@ -97,6 +97,9 @@ def test_parts_that_do_not_fit_are_refused(w: torch.Tensor) -> None:
         QTensor(q.packed, q.scale.T, q.zero, q.scheme, 96)
     with pytest.raises(ValueError, match="packed must be"):
         QTensor(q.packed, q.scale, q.zero, q.scheme, 200)
+    assert q.zero is not None
+    with pytest.raises(ValueError, match="zero must be at most 15 for scheme 'w4g32', got 16"):
+        QTensor(q.packed, q.scale, torch.full_like(q.zero, 16), q.scheme, 96)
 
 
 def test_copies_and_pickles(w: torch.Tensor) -> None:

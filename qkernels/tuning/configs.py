@@ -33,4 +33,4 @@ class MatmulConfig:
     blocks: int  # whole packed blocks (packing.block_columns values of k) that a step of the main loop unpacks
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # per thread; None leaves it to the compiler
+    max_registers: int  # that a thread may have
