@@ -70,12 +70,7 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
         put(layer, where[module])
     on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     model.load_state_dict(plain, strict=False, assign=on_meta)
-    for group in ties:
-        first = next((name for name in group if name in plain), None)
-        for name in group:
-            if first is not None and name != first:
-                parent_name, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent_name), attribute, model.get_parameter(first))
+    _tie_again(model, ties, tensors)
     return model
 
 
@@ -93,6 +88,16 @@ def _ties(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(parameter, []).append(name)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _tie_again(model: nn.Module, ties: Sequence[Sequence[str]], tensors: Mapping[str, Tensor | QTensor]) -> None:
+    """Make one parameter of names that were one, unless the file has something else under one of them."""
+    for group in ties:
+        first = next((name for name in group if isinstance(tensors.get(name), Tensor)), None)
+        for name in group:
+            if first is not None and name != first and tensors.get(name, tensors[first]) is tensors[first]:
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, model.get_parameter(first))
 
 
 def _quantized_weights(model: nn.Module) -> dict[str, QuantLinear]:

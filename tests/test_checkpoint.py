@@ -108,6 +108,16 @@ def test_a_tied_name_need_not_be_stored(model: TinyModel, tmp_path: pathlib.Path
         assert torch.equal(fresh(TOKENS), model(TOKENS))
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_quantized_output_layer_is_untied(model: TinyModel, place: str, tmp_path: pathlib.Path) -> None:
+    qkernels.quantize_model(model, "w4g32", schemes={"lm_head": "w8c"}, progress=False)
+    with torch.device(place):
+        fresh = TinyModel().eval()
+    qkernels.load(_saved(model, tmp_path), fresh)
+    with torch.no_grad():
+        assert torch.equal(fresh(TOKENS), model(TOKENS))
+
+
 def test_meta_buffers_that_no_file_holds_are_named(model: TinyModel, tmp_path: pathlib.Path) -> None:
     path = _saved(model, tmp_path)
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from qkernels.tuning.configs import MatmulConfig, QuantizeConfig
 from tests.helpers import ALL_MAPS
 
 DECODE = MatmulConfig(block_m=16, block_n=64, blocks=1, num_warps=2, num_stages=3, max_registers=128)
+FLOAT32 = dataclasses.replace(DECODE, num_warps=4)
 BATCH = MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3, max_registers=128)
 
 
@@ -24,7 +25,8 @@ BATCH = MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3
         (16, "w4g128", torch.bfloat16, DECODE, False),
         (17, "w4g128", torch.float16, BATCH, False),
         (8192, "w8cs", torch.float16, BATCH, False),
-        (1, "w4g128", torch.float32, DECODE, True),
+        (1, "w4g128", torch.float32, FLOAT32, True),
+        (64, "w4g128", torch.float32, FLOAT32, True),
         (1, "w4g128f", torch.float16, DECODE, True),
         (1, "w3g128", torch.float16, DECODE, True),
         (1, "w4g48", torch.float16, DECODE, True),

@@ -39,17 +39,18 @@ def dequantize() -> DequantizeConfig:
 
 def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     """For the kernel of matmul.py and x of so many tokens."""
-    # Planes of 1 bit make a step of 256 k, whose body has no registers left for a wider tile of tokens.
-    wide = tokens > 16 and block_columns(scheme.bits) < 256
+    # Planes of 1 bit make a step of 256 k, and float32 has no tensor cores: no registers are left for more tokens.
+    without_mma = dtype is torch.float32
+    wide = tokens > 16 and block_columns(scheme.bits) < 256 and not without_mma
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
     group = scheme.group_size
     short_chunks = isinstance(group, int) and (group < 128 or group != _power_of_two(group))
-    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or short_chunks or dtype is torch.float32
+    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or short_chunks or without_mma
     return MatmulConfig(
         block_m=32 if wide else 16,
         block_n=32 if wide else 64,
         blocks=1,
-        num_warps=2,
+        num_warps=4 if without_mma else 2,
         num_stages=3,
         max_registers=255 if large else 128,
     )
