@@ -138,14 +138,15 @@ def _scale_and_zero(scheme: Scheme, N: int, K: int) -> tuple[torch.Tensor, torch
 def spill_budget(problem: Problem) -> int:
     """Bytes of stack that a thread may have: 0, but for bodies of some 2000 instructions, where ptxas misses its aim.
 
-    These are products whose steps are 256 k long (widths with a plane of 1 bit) and hold groups that are short, or not
-    a power of two, or have offsets.
+    These are products whose steps are 256 k long (widths with a plane of 1 bit), or whose x is float32, and hold groups
+    that are short, or not a power of two, or have offsets.
     """
     scheme = Scheme.parse(problem.scheme)
     group = scheme.group_length(problem.in_features)
     many_groups = scheme.value_map == "offset" or group < 64 or group & (group - 1) != 0
     long_step = packing.block_columns(scheme.bits) == 256
-    return 32 if problem.kernel == "matmul" and long_step and many_groups else 0
+    large = many_groups and (long_step or problem.dtype == "float32")
+    return 32 if problem.kernel == "matmul" and large else 0
 
 
 def compiler(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:

@@ -64,9 +64,9 @@ def test_quantize_and_dequantize(target: int, pool: ProcessPoolExecutor) -> None
         assert not re.search(r"\bfma\.|\.ftz|\.approx|div\.full", cost.ptx), problem
 
 
-@pytest.mark.parametrize("target", [80, 90])
-def test_float32_activations_stay_float32(target: int, pool: ProcessPoolExecutor) -> None:
-    problem = Problem("matmul", "w4g64", target, "float32", tokens=3)
+@pytest.mark.parametrize(("target", "scheme"), [(80, "w7g32s"), (90, "w4g64"), (120, "w5g32")])
+def test_float32_activations_stay_float32(target: int, scheme: str, pool: ProcessPoolExecutor) -> None:
+    problem = Problem("matmul", scheme, target, "float32", tokens=3)
     cost = pool.submit(static_cost.cost, problem).result()
     _check(problem, cost)
     assert cost.mma == 0  # tensor cores would round x to TensorFloat-32
