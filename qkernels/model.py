@@ -143,15 +143,15 @@ def quantize_model(
     for name in bar:
         linear, chosen = plan.pop(name)
         quantized = QuantLinear.from_linear(linear, chosen)
-        weight = linear.weight.detach()
+        weight, qweight = linear.weight.detach(), quantized.qweight
         layers.append(
             LayerReport(
                 name=name,
                 scheme=str(chosen),
                 shape=(linear.out_features, linear.in_features),
                 original_bytes=weight.nbytes,
-                nbytes=quantized.qweight.nbytes,
-                error=quantized.qweight.error(weight),
+                nbytes=qweight.nbytes,
+                error=qweight.error(weight),
             )
         )
         put(quantized, where.pop(linear))

@@ -1,7 +1,7 @@
 """What the ops would launch, compiled for every supported GPU without one: spills, what fits, tensor-core instructions.
 
 Each target gets every width and value map; groups, dtypes and batches take turns, so that the targets together see
-most pairs. `python -m benchmarks.static_cost --all` compiles all of them.
+most pairs. `python -m benchmarks.static_cost --all` compiles every scheme, for the targets, kernels and dtypes it gets.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which configuration a launch gets: pure functions of the problem, no state, no measurement.
 
-The tests compile what is returned here for each supported compute capability: shared memory is within its limit, and
-nothing spills but the largest bodies of matmul, by 32 bytes at most.
+The tests compile a selection of problems for each supported compute capability, with what is returned here: shared
+memory must be within its limit, and only the largest bodies of matmul may spill, 32 bytes at most.
 """
 
 import torch
