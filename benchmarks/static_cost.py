@@ -32,6 +32,7 @@ from benchmarks.compile_only import SHARED_MEMORY_BYTES, compile_only
 from qkernels import packing
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose
+from qkernels.tuning.devices import Device
 
 TARGETS = tuple(SHARED_MEMORY_BYTES)
 MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")  # of 16-bit floats: Ampere to consumer Blackwell, Hopper, Blackwell
@@ -90,7 +91,7 @@ def cost(problem: Problem) -> Cost:
             threads_per_weight = _launch(problem, scheme)
     except Exception as error:
         raise RuntimeError(f"{problem} does not compile: {type(error).__name__}: {error}") from error
-    (launch,) = launches
+    launch = launches[0]  # the others add up partial sums
     sass = launch.sass
     counted = sass.loop_instructions if problem.kernel == "matmul" else sass.instructions
     return Cost(
@@ -124,7 +125,8 @@ def _launch(problem: Problem, scheme: Scheme) -> float:
         dequantize.dequantize(packed, scale, zero, scheme, K, dtype, config)
         return config.num_warps * 32 / (config.block_n * config.block_k)
     x = torch.empty(problem.tokens, K, dtype=dtype, device="meta")
-    matmul_config = choose.matmul(problem.tokens, scheme, dtype)
+    device = Device(f"sm_{problem.capability}", problem.capability, 132)
+    matmul_config = choose.fused(problem.tokens, N, K, scheme, dtype, device)
     matmul.matmul(x, packed, scale, zero, None, scheme, matmul_config)
     block_k = matmul_config.blocks * packing.block_columns(scheme.bits)
     return matmul_config.num_warps * 32 / (matmul_config.block_n * block_k)

@@ -22,8 +22,10 @@ from torch.autograd import forward_ad
 
 from qkernels import packing, reference
 from qkernels.checks import DTYPES, check_activation, check_dequantize, check_quantize, check_weight
-from qkernels.scheme import as_scheme
+from qkernels.scheme import Scheme, as_scheme
 from qkernels.tuning import choose
+from qkernels.tuning.configs import DenseConfig
+from qkernels.tuning.devices import device_of
 
 _library = torch.library.Library("qkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -145,15 +147,47 @@ def _matmul_cuda(
     if tokens.shape[0] == 0 or out_features == 0 or in_features == 0:
         y = x.new_zeros((*x.shape[:-1], out_features))
         return y if bias is None else y + bias.to(x.dtype)
-    from qkernels.kernels import matmul as kernel
-
     if tokens.stride(-1) != 1:
         tokens = tokens.contiguous()
     packed, scale, zero = packed.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
     bias = None if bias is None else bias.contiguous()
-    config = choose.matmul(tokens.shape[0], parsed, x.dtype)
-    y = kernel.matmul(tokens, packed, scale, zero, bias, parsed, config)
+    config = choose.matmul(tokens.shape[0], out_features, in_features, parsed, x.dtype, device_of(x.get_device()))
+    if isinstance(config, DenseConfig):
+        y = _dense_matmul(tokens, packed, scale, zero, bias, parsed, config)
+    else:
+        from qkernels.kernels import matmul as kernel
+
+        y = kernel.matmul(tokens, packed, scale, zero, bias, parsed, config)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _dense_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    config: DenseConfig,
+) -> Tensor:
+    """x (M, K): some rows of the weight at a time, dequantized to x's dtype, by torch's own product."""
+    from qkernels.kernels import dequantize as kernel
+
+    in_features, out_features = x.shape[1], packed.shape[0]
+    bias = None if bias is None else bias.to(x.dtype)
+    workspace = x.new_empty((min(config.rows, out_features), in_features))
+    y = x.new_empty((x.shape[0], out_features))
+    for start in range(0, out_features, config.rows):
+        rows = slice(start, min(start + config.rows, out_features))
+        w = workspace[: rows.stop - rows.start]
+        row_scale = scale if scale.shape[1] == 1 else scale[:, rows]
+        row_zero = zero if zero is None or zero.shape[1] == 1 else zero[:, rows]
+        kernel.dequantize(packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(), out=w)
+        if bias is None:
+            torch.mm(x, w.T, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, w.T, out=y[:, rows])
+    return y
 
 
 def _matmul_fake(

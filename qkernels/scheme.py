@@ -106,6 +106,9 @@ class Scheme:
     def __str__(self) -> str:
         return self._text
 
+    def __hash__(self) -> int:
+        return hash(self._text)  # Python keeps a string's hash: every matmul looks up its configuration
+
     # What follows from the fields; no other module works these out for itself.
 
     @property

@@ -159,6 +159,13 @@ def _add_f16x2(a: Array, b: Array) -> Array:
     return _join(*((x.view(np.float16) + y.view(np.float16)).view(np.uint16) for x, y in pairs))
 
 
+def _fma_f16x2(a: Array, b: Array, c: Array) -> Array:
+    def fma(x: Array, y: Array, z: Array) -> Array:  # in float64 the product is exact, and here the sum too
+        return (x.view(np.float16).astype(np.float64) * y.view(np.float16) + z.view(np.float16)).astype(np.float16)
+
+    return _join(*(fma(*parts).view(np.uint16) for parts in zip(_halves(a), _halves(b), _halves(c), strict=True)))
+
+
 def _fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
     def fma(x: Array, y: Array, z: Array) -> Array:
         exact = bf16_to_f32(x).astype(np.float64) * bf16_to_f32(y) + bf16_to_f32(z)
@@ -174,7 +181,7 @@ _INSTRUCTIONS = {
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
     "add.f16x2": _add_f16x2,
+    "fma.rn.f16x2": _fma_f16x2,
     "fma.rn.bf16x2": _fma_bf16x2,
     "add.f32": lambda a, b: (a.view(np.float32) + b.view(np.float32)).view(np.uint32),
-    "cvt.rn.bf16x2.f32": lambda high, low: _join(f32_to_bf16(low.view(np.float32)), f32_to_bf16(high.view(np.float32))),
 }

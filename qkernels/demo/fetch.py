@@ -12,6 +12,8 @@ import tarfile
 import tempfile
 import zipfile
 
+from qkernels.tuning.tables import cache_directory
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -49,13 +51,6 @@ LCET10 = Source(
 
 class FetchError(RuntimeError):
     """A file could not be fetched, or is not the one that was pinned."""
-
-
-def cache_directory() -> pathlib.Path:
-    """$QKERNELS_CACHE, else qkernels in the user's cache directory."""
-    if chosen := os.environ.get("QKERNELS_CACHE"):
-        return pathlib.Path(chosen)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "qkernels"
 
 
 def fetch(source: Source) -> pathlib.Path:

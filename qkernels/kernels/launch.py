@@ -1,12 +1,14 @@
 """What every launch needs to know about where it runs."""
 
-import contextlib
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver as _driver
 
 
 @triton.jit
@@ -26,9 +28,68 @@ def has_ptx() -> bool:
     return not triton.knobs.runtime.interpret and torch.version.hip is None
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's GPU current: Triton launches on the current device and its current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+class Launcher:
+    """Launches a kernel; once it is compiled, without Triton's own processing of arguments, which takes far longer.
+
+    Which compiled kernel serves a call depends on everything that Triton specializes on: the GPU, dtypes, constants
+    and options, the numbers (1, multiples of 16, more than 32 bits), and whether pointers are multiples of 16. Numbers
+    are kept as they are: a few more entries, less to work out. Calls with misaligned pointers are left to Triton.
+
+    One dictionary, read and written in single steps: safe in threads. Work is queued on the current stream of the
+    tensors' GPU. Nothing is allocated or synchronized, so a launch can be captured in a CUDA graph.
+
+    Args:
+        kernel: a function under triton.jit, whose parameters are tensors, then numbers, then constants.
+        constants: names of its constants, in order.
+        options: names of the compile options that a launch gives.
+    """
+
+    def __init__(self, kernel: Any, constants: Sequence[str], options: Sequence[str] = ("num_warps",)):
+        self.kernel = kernel
+        self.names = (*constants, *options)
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        programs: int,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[int, ...],
+        constants: tuple[Any, ...],
+        options: tuple[Any, ...],
+    ) -> None:
+        """Launch so many programs; constants and options in the order of their names."""
+        if _INTERPRETED:
+            self.kernel[(programs,)](*tensors, *numbers, **dict(zip(self.names, constants + options)))
+            return
+        driver = _driver.active
+        device = tensors[0].get_device()
+        if tensors[0].is_cuda and driver.get_current_device() != device:
+            with torch.cuda.device(device):
+                self(programs, tensors, numbers, constants, options)
+            return
+        pointers = [t.data_ptr() for t in tensors]
+        either = 0
+        for pointer in pointers:
+            either |= pointer
+        device = driver.get_current_device()
+        key = (device, numbers, constants, options, *[t.dtype for t in tensors])
+        compiled = self.compiled.get(key)
+        runtime = triton.knobs.runtime
+        if compiled is None or either % 16 or runtime.launch_enter_hook is not None:
+            compiled = self.kernel[(programs,)](*tensors, *numbers, **dict(zip(self.names, constants + options)))
+            if not either % 16:
+                if len(self.compiled) >= _MOST_COMPILED:
+                    self.compiled.clear()
+                self.compiled[key] = compiled
+            return
+        compiled.run(
+            programs, 1, 1, driver.get_current_stream(device), compiled.function, compiled.packed_metadata,
+            None, None, runtime.launch_exit_hook, *pointers, *numbers, *constants,
+        )  # fmt: skip
+
+
+_INTERPRETED = triton.knobs.runtime.interpret
+_MOST_COMPILED = 4096  # entries of a Launcher: every other number of tokens is one
 
 
 def group_strides(scale: Tensor) -> tuple[int, int]:

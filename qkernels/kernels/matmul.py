@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import group_strides, has_ptx, on_device, program_of
+from qkernels.kernels.launch import Launcher, group_strides, has_ptx, program_of
+from qkernels.kernels.reduce import reduce
 from qkernels.kernels.unpack import (
     block_slots,
     lane_bits,
@@ -43,12 +44,11 @@ def _chunk_slots(STEP, GROUP):
 @triton.jit
 def _load_zero(
     zero_ptr,  # (BLOCK_N,) pointers into a group's zeros
-    mask,
     ZERO: tl.constexpr,
 ):
     """The zeros of a group, (BLOCK_N, 1) int32; or ZERO, where all weights have the same."""
     if ZERO is None:
-        return tl.load(zero_ptr, mask=mask, other=0).to(tl.int32)[:, None]
+        return tl.load(zero_ptr).to(tl.int32)[:, None]
     else:
         return tl.full((1, 1), ZERO, tl.int32)
 
@@ -60,14 +60,13 @@ def _add_group(
     x_sum,  # the group's sum of x (offset only)
     scale_ptr,  # (BLOCK_N,) pointers into a group's scales
     zero_ptr,
-    mask,
     CENTER: tl.constexpr,
     VALUE_MAP: tl.constexpr,
 ):
-    scale = tl.load(scale_ptr, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
     acc += scale[:, None] * part
     if VALUE_MAP == "offset":
-        offset = tl.load(zero_ptr, mask=mask, other=0.0).to(tl.float32)
+        offset = tl.load(zero_ptr).to(tl.float32)
         acc += (offset + CENTER * scale)[:, None] * x_sum
     return acc
 
@@ -79,20 +78,21 @@ def matmul_kernel(
     scale_ptr,  # (groups, N) floating
     zero_ptr,  # (groups, N): uint8 zeros, floating offsets, or unused
     bias_ptr,  # (N,) floating, or unused
-    y_ptr,  # (M, N) like x
+    y_ptr,  # (M, N) like x; (splits, M, N) float32 where SPLIT
     M,
     N,
     K,
+    split_steps,  # steps of the main loop for each split of K
     stride_x_m,  # in elements; the inner strides of x, packed and y are 1
     stride_packed_n,
     stride_scale_g,
     stride_scale_n,
-    stride_y_m,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # weights along K that share a scale; 0 where all of K does
     VALUE_MAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TAIL: tl.constexpr,  # K is not a whole number of steps
+    SPLIT: tl.constexpr,  # K is split: partial sums for reduce.py, without bias
     PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,22 +104,24 @@ def matmul_kernel(
     CENTER: tl.constexpr = 2 ** (BITS - 1)
     ZERO: tl.constexpr = None if VALUE_MAP == "affine" else CENTER
 
-    n_block, m_block = program_of(N, BLOCK_N)
+    n_block, rest = program_of(N, BLOCK_N)
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    m_block, split = rest % m_blocks, rest // m_blocks
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, 16)
     n_mask = n < N
-    m_mask = (m < M)[None, :]
-    row_mask = n_mask[:, None]
+    m_mask = m < M
 
-    # int64: row * stride overflows int32 on large weights and activations
-    n64 = n.to(tl.int64)
+    # Rows and tokens past the end read the last one instead: loads need no masks, and what they give is not stored.
+    # int64: row * stride overflows int32 on large weights and activations.
+    n64 = tl.minimum(n, N - 1).to(tl.int64)
     plane0 = packed_ptr + (n64 * stride_packed_n)[:, None]
     plane1 = plane0 + tl.cdiv(K * plane_bits(BITS, 0), 128) * 4
     plane2 = plane1
     if plane_count(BITS) == 3:
         plane2 += tl.cdiv(K * plane_bits(BITS, 1), 128) * 4
-    x_row = x_ptr + (m.to(tl.int64) * stride_x_m)[None, :] + lane[:, None]  # (16, BLOCK_M)
+    x_row = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * stride_x_m)[None, :] + lane[:, None]  # (16, BLOCK_M)
     scale_col = scale_ptr + n64 * stride_scale_n
     zero_col = zero_ptr + n64 * stride_scale_n
     group_stride = tl.full((1,), stride_scale_g, tl.int64)
@@ -130,62 +132,83 @@ def matmul_kernel(
     if GROUP == 0:
         part = acc
         x_sum = acc
-        zero = _load_zero(zero_col, n_mask, ZERO)
+        zero = _load_zero(zero_col, ZERO)
         zero_op = zero_operand(zero, x_ptr, BITS, PTX)
 
-    for step in range(K // (16 * STEP)):
+    steps = K // (16 * STEP)
+    for step in range(split * split_steps, tl.minimum((split + 1) * split_steps, steps)):
+        step0 = plane0 + step * (STEP * plane_bits(BITS, 0) // 2)
+        if plane_count(BITS) > 1:
+            step1 = plane1 + step * (STEP * plane_bits(BITS, 1) // 2)
+        if plane_count(BITS) > 2:
+            step2 = plane2 + step * (STEP * plane_bits(BITS, 2) // 2)
+        x_step = x_row + step * (STEP * 16)
         for t in tl.static_range(STEP):
-            slot = step * STEP + t
             if t * plane_bits(BITS, 0) % lane_bits(plane_bits(BITS, 0)) == 0:
-                words0 = load_words(plane0, slot, row_mask, plane_bits(BITS, 0), PTX)
+                words0 = load_words(step0, t, plane_bits(BITS, 0), PTX)
                 if plane_count(BITS) < 2:
                     words1 = words0
                 if plane_count(BITS) < 3:
                     words2 = words0
             if plane_count(BITS) > 1:
                 if t * plane_bits(BITS, 1) % lane_bits(plane_bits(BITS, 1)) == 0:
-                    words1 = load_words(plane1, slot, row_mask, plane_bits(BITS, 1), PTX)
+                    words1 = load_words(step1, t, plane_bits(BITS, 1), PTX)
             if plane_count(BITS) > 2:
                 if t * plane_bits(BITS, 2) % lane_bits(plane_bits(BITS, 2)) == 0:
-                    words2 = load_words(plane2, slot, row_mask, plane_bits(BITS, 2), PTX)
+                    words2 = load_words(step2, t, plane_bits(BITS, 2), PTX)
             if GROUP != 0:
                 if t % CHUNK == 0:
-                    group = slot * 16 // GROUP * group_stride
-                    zero_op = zero_operand(_load_zero(zero_col + group, n_mask, ZERO), x_ptr, BITS, PTX)
+                    group = (step * STEP + t) * 16 // GROUP * group_stride
+                    zero_op = zero_operand(_load_zero(zero_col + group, ZERO), x_ptr, BITS, PTX)
                     part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                     x_sum = part
             w = unpack_slot(words0, words1, words2, zero_op, x_ptr, t, BITS, ZERO, PTX)
-            x = tl.load(x_row + slot * 16, mask=m_mask, other=0.0)
+            x = tl.load(x_step + t * 16)
             part = tl.dot(w, x, part, input_precision="ieee")
             if VALUE_MAP == "offset":
                 x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")  # in every row: already where acc wants it
             if GROUP != 0:
                 if t % CHUNK == CHUNK - 1:
-                    acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, n_mask, CENTER, VALUE_MAP)
+                    acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, CENTER, VALUE_MAP)
 
     if HAS_TAIL:
         row_bytes = plane0.to(tl.pointer_type(tl.uint8), bitcast=True)
-        for slot in range(K // (16 * STEP) * STEP, tl.cdiv(K, 16)):
-            code = load_codes(row_bytes, slot, lane[None, :], K, row_mask, BITS)
-            k_mask = (slot * 16 + lane < K)[:, None]
-            x = tl.load(x_row + slot * 16, mask=m_mask & k_mask, other=0.0)
+        tail_end = steps * STEP  # no tail but in the last split
+        if (split + 1) * split_steps >= steps:
+            tail_end = tl.cdiv(K, 16)
+        for slot in range(steps * STEP, tail_end):
+            k_mask = slot * 16 + lane < K
+            code = load_codes(row_bytes, slot, lane[None, :], K, k_mask[None, :], BITS)
+            x = tl.load(x_row + slot * 16, mask=k_mask[:, None], other=0.0)
             if GROUP != 0:
                 group = slot * 16 // GROUP * group_stride
-                zero = _load_zero(zero_col + group, n_mask, ZERO)
+                zero = _load_zero(zero_col + group, ZERO)
                 part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 x_sum = part
             part = tl.dot((code - zero).to(dtype), x, part, input_precision="ieee")
             if VALUE_MAP == "offset":
                 x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")
             if GROUP != 0:
-                acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, n_mask, CENTER, VALUE_MAP)
+                acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, CENTER, VALUE_MAP)
 
     if GROUP == 0:
-        acc = _add_group(acc, part, x_sum, scale_col, zero_col, n_mask, CENTER, VALUE_MAP)
+        acc = _add_group(acc, part, x_sum, scale_col, zero_col, CENTER, VALUE_MAP)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-    y_row = y_ptr + (m.to(tl.int64) * stride_y_m)[:, None] + n[None, :]
-    tl.store(y_row, tl.trans(acc).to(dtype), mask=(m < M)[:, None] & n_mask[None, :])
+        acc += tl.load(bias_ptr + n64).to(tl.float32)[:, None]
+    row = m.to(tl.int64)
+    if SPLIT:
+        row += split.to(tl.int64) * M
+    y_row = y_ptr + (row * N)[:, None] + n[None, :]
+    tl.store(y_row, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
+
+
+_launch_matmul = Launcher(
+    matmul_kernel,
+    constants=(
+        "BITS", "GROUP", "VALUE_MAP", "HAS_BIAS", "HAS_TAIL", "SPLIT", "PTX", "BLOCK_M", "BLOCK_N", "BLOCKS",
+    ),
+    options=("num_warps", "num_stages", "maxnreg"),
+)  # fmt: skip
 
 
 def matmul(
@@ -199,25 +222,29 @@ def matmul(
 ) -> Tensor:
     """Launch only: x (M, K) with inner stride 1, everything else contiguous, M, N and K at least 1."""
     (M, K), N = x.shape, packed.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     stride_scale_g, stride_scale_n = group_strides(scale)
-    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(M, config.block_m),)
-    with on_device(x):
-        matmul_kernel[grid](
-            x, packed, scale, scale if zero is None else zero, x if bias is None else bias, y,
-            M, N, K,
-            x.stride(0), packed.stride(0), stride_scale_g, stride_scale_n, y.stride(0),
-            BITS=scheme.bits,
-            GROUP=0 if scale.shape[0] == 1 else scheme.group_length(K),
-            VALUE_MAP=scheme.value_map,
-            HAS_BIAS=bias is not None,
-            HAS_TAIL=K % (config.blocks * packing.block_columns(scheme.bits)) != 0,
-            PTX=has_ptx() and x.dtype != torch.float32,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCKS=config.blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            maxnreg=config.max_registers,
-        )  # fmt: skip
-    return y
+    step = config.blocks * packing.block_columns(scheme.bits)
+    steps = K // step
+    split_steps = max(1, -(-steps // config.splits))
+    splits = max(1, -(-steps // split_steps))  # none is empty
+    y = x.new_empty((M, N)) if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
+    bias_here = bias if splits == 1 else None
+    _launch_matmul(
+        -(-N // config.block_n) * -(-M // config.block_m) * splits,
+        (x, packed, scale, scale if zero is None else zero, x if bias_here is None else bias_here, y),
+        (M, N, K, split_steps, x.stride(0), packed.stride(0), stride_scale_g, stride_scale_n),
+        (
+            scheme.bits,
+            0 if scale.shape[0] == 1 else scheme.group_length(K),
+            scheme.value_map,
+            bias_here is not None,
+            K % step != 0,
+            splits > 1,
+            has_ptx() and x.dtype != torch.float32,
+            config.block_m,
+            config.block_n,
+            config.blocks,
+        ),
+        (config.num_warps, config.num_stages, config.max_registers),
+    )
+    return y if splits == 1 else reduce(y, bias, x.dtype)

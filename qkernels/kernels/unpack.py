@@ -3,14 +3,17 @@
 Two ways to the same bits, chosen by the constexpr PTX:
 
     PTX = True   two neighbouring words at a time, by inline assembly: `prmt` pairs their halves once per block, then a
-                 shift, an and-or (lop3) that also sets the exponent of a "magic" float, and one packed subtraction
-                 that takes magic + zero away. Per pair of weights about 3 instructions, no conversion, no shuffle.
+                 shift where one is needed, an and-or (lop3) that also sets the exponent of a "magic" float, and one
+                 packed addition or multiply-add that takes magic + zero away. Per pair of weights 2 to 3 instructions,
+                 no conversion, no shuffle.
     PTX = False  plain Triton: any backend, and the interpreter.
 
 A float16 with exponent bits 0x6400 is 1024 + its low 10 bits, a bfloat16 with 0x4300 is 128 + its low 7 bits, and a
 float32 with 0x4B000000 is 2^23 + its low 23 bits; so or-ing a code into the low bits makes a float without a
 conversion, and code - zero is exact because both are integers below 2^8.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -20,7 +23,7 @@ from qkernels import packing
 # constexpr, so that Triton's cache keys depend on their values
 _PLANES = tl.constexpr(packing.PLANES)
 _LANE_BYTES = tl.constexpr(packing.LANE_BYTES)
-_MAGIC = tl.constexpr({"fp16": 0x6400, "bf16": 0x4300})
+_MAGIC = tl.constexpr({"fp16": 0x6400, "bf16": 0x4300})  # 2^10, 2^7: the unit of the last place is 1
 
 
 @triton.constexpr_function
@@ -51,6 +54,9 @@ def plane_shift(BITS, i):
     return sum(_PLANES.value[BITS][:i])
 
 
+# add.bf16x2 needs sm_90; a multiply-add by one gives the same bits from sm_80 on.
+_ADD = tl.constexpr({"fp16": "add.f16x2 {}, {}, {}", "bf16": "mov.b32 one, 0x3F803F80;\nfma.rn.bf16x2 {}, {}, one, {}"})
+
 # $2 and $3 are neighbouring words: $0 takes their low halves, $1 their high halves.
 _PAIR_HALVES = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 0x7632;")
 
@@ -72,40 +78,80 @@ def _slot_registers(BITS):
 @triton.constexpr_function
 def _slot_asm(BITS, SLOT, DTYPE, ZERO):
     """Assembly for slot SLOT of a block; ZERO is the zero of all weights, or None where it comes in a register."""
-    lines, at = [".reg .b32 code, part, lo, hi, zero, one;"], 0
-    register = _slot_registers(BITS)
-    wide = DTYPE == "bf16" and BITS == 8  # 8 bits do not fit bfloat16's 7: through float32, where they do
-    merged = "0" if wide else f"{_MAGIC.value[DTYPE] * 0x10001:#x}"
+    halves = []  # of each plane: the register that holds the slot's codes, and their lowest bit in each half of it
     for i, bits in enumerate(_PLANES.value[BITS]):
         half, bit = divmod(bits * SLOT % (8 * _LANE_BYTES.value[bits]), 16)
-        source = f"${register[i] + half}"
-        if bit > at:
-            lines.append(f"shr.b32 part, {source}, {bit - at};")
-        elif bit < at:
-            lines.append(f"shl.b32 part, {source}, {at - bit};")
-        else:
-            lines.append(f"mov.b32 part, {source};")
-        mask = (2**bits - 1 << at) * 0x10001
-        lines.append(f"lop3.b32 code, part, {mask:#x}, {merged}, 0xEA;")  # (part & mask) | merged
-        merged = "code"
-        at += bits
-    if wide:
-        lines += [
-            "prmt.b32 lo, code, 0x4B000000, 0x7540;",  # bytes 4B 00 00 code: 2^23 + code
-            "prmt.b32 hi, code, 0x4B000000, 0x7542;",
-            f"add.f32 lo, lo, {f'${register[3]}' if ZERO is None else f'0f{0xCB000000 | ZERO:08X}'};",
-            f"add.f32 hi, hi, {f'${register[3] + 1}' if ZERO is None else f'0f{0xCB000000 | ZERO:08X}'};",
-            "cvt.rn.bf16x2.f32 $0, hi, lo;",
-        ]
-        return "\n".join(["{", *lines, "}"])
-    zero = f"${register[3]}" if ZERO is None else f"{((0x8000 | _MAGIC.value[DTYPE]) + ZERO) * 0x10001:#x}"
-    lines.append(f"mov.b32 zero, {zero};")
-    if DTYPE == "bf16":
-        # add.bf16x2 needs sm_90; a multiply-add by one gives the same bits from sm_80 on.
-        lines += ["mov.b32 one, 0x3F803F80;", "fma.rn.bf16x2 $0, code, one, zero;"]
+        halves.append((f"${_slot_registers(BITS)[i] + half}", bit))
+    zero = f"${_slot_registers(BITS)[3]}"
+    if BITS == 8 and DTYPE == "bf16":
+        lines = _wide_asm(*halves[0], zero, ZERO)
     else:
-        lines.append("add.f16x2 $0, code, zero;")
-    return "\n".join(["{", *lines, "}"])
+        lines = _narrow_asm(BITS, halves, DTYPE, zero, ZERO)
+    return "\n".join(["{", ".reg .b32 code, part, lo, hi, zero, factor, one;", *lines, "}"])
+
+
+@triton.constexpr_function
+def _wide_asm(source, bit, zero, ZERO):
+    """8 bits do not fit bfloat16's 7: through float32, where they do; the difference fits again."""
+    byte = bit // 8
+    add_lo, add_hi = (zero, f"${int(zero[1:]) + 1}") if ZERO is None else [f"0f{0xCB000000 | ZERO:08X}"] * 2
+    return [
+        f"prmt.b32 lo, {source}, 0x4B000000, {0x7540 + byte:#x};",  # bytes 4B 00 00 code: 2^23 + code
+        f"prmt.b32 hi, {source}, 0x4B000000, {0x7542 + byte:#x};",
+        f"add.f32 lo, lo, {add_lo};",
+        f"add.f32 hi, hi, {add_hi};",
+        "prmt.b32 $0, lo, hi, 0x7632;",  # upper halves: the lower ones are zero
+    ]
+
+
+@triton.constexpr_function
+def _narrow_asm(BITS, halves, DTYPE, zero, ZERO):
+    """A code may stay `at` bits above the lowest of the mantissa: the magic float is then magic + code * 2^at.
+
+    So one shift serves all the codes that fit the mantissa together; a multiply-add takes 2^at away with the zero.
+    """
+    planes = _PLANES.value[BITS]
+    mantissa = 10 if DTYPE == "fp16" else 7
+    reach = ((mantissa - BITS) // planes[0] + 1) * planes[0]  # bits of a half that one shift serves
+    at = halves[0][1] % reach
+    lines = []
+    merged, place = f"{_MAGIC.value[DTYPE] * 0x10001:#x}", at
+    for i, bits in enumerate(planes):
+        source, bit = halves[i]
+        part = "part"
+        if bit > place:
+            lines.append(f"shr.b32 part, {source}, {bit - place};")
+        elif bit < place:
+            lines.append(f"shl.b32 part, {source}, {place - bit};")
+        else:
+            part = source
+        mask = (2**bits - 1 << place) * 0x10001
+        lines.append(f"lop3.b32 code, {part}, {mask:#x}, {merged}, 0xEA;")  # (part & mask) | merged
+        merged = "code"
+        place += bits
+    # -(magic / 2^at + zero); in a register it comes as -(magic + zero)
+    if ZERO is not None:
+        lines.append(f"mov.b32 zero, {_pair(DTYPE, -(2**mantissa / 2**at) - ZERO):#x};")
+        zero = "zero"
+    elif at > 0:
+        lines.append(f"mov.b32 factor, {_pair(DTYPE, 2**mantissa - 2**mantissa / 2**at):#x};")
+        lines.append(f"{_ADD.value[DTYPE].format('zero', zero, 'factor')};")
+        zero = "zero"
+    if at > 0:
+        lines.append(f"mov.b32 factor, {_pair(DTYPE, 2**-at):#x};")
+        lines.append(f"fma.rn.{'f16x2' if DTYPE == 'fp16' else 'bf16x2'} $0, code, factor, {zero};")
+    else:
+        lines.append(f"{_ADD.value[DTYPE].format('$0', 'code', zero)};")
+    return lines
+
+
+@triton.constexpr_function
+def _pair(DTYPE, value):
+    """Bits of two equal 16-bit floats; value, not 0, has few enough bits to be one exactly."""
+    mantissa, bias = (10, 15) if DTYPE == "fp16" else (7, 127)
+    fraction, exponent = math.frexp(abs(value))  # fraction from 1/2 to 1
+    bits = ((exponent - 2 + bias) << mantissa) + int(fraction * 2 ** (mantissa + 1)) + (0x8000 if value < 0 else 0)
+    return bits * 0x10001
 
 
 @triton.constexpr_function
@@ -116,18 +162,17 @@ def _slot_constraints(BITS, DTYPE, ZERO):
 
 @triton.jit
 def load_words(
-    row_ptr,  # (rows, 1) int32 pointers to the first word of a plane of each row
-    slot,
-    mask,
+    step_ptr,  # (rows, 1) int32 pointers to the first word that a step of the main loop needs of a plane
+    SLOT: tl.constexpr,  # of the step
     bits: tl.constexpr,  # of the plane
     PTX: tl.constexpr,
 ):
     """The words of the block that holds a slot, (rows, 16) int32 or int16, ready for unpack_slot."""
-    index = slot * bits // lane_bits(bits) * 16 + tl.arange(0, 16)[None, :]
+    index = SLOT * bits // lane_bits(bits) * 16 + tl.arange(0, 16)[None, :]
     if lane_bits(bits) == 16:
-        return tl.load(row_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index, mask=mask, other=0)
+        return tl.load(step_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index)
     else:
-        word = tl.load(row_ptr + index, mask=mask, other=0)
+        word = tl.load(step_ptr + index)
         if PTX:
             word = tl.inline_asm_elementwise(_PAIR_HALVES, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2)
         return word

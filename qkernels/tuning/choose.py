@@ -4,11 +4,22 @@ The tests compile a selection of problems for each supported compute capability,
 memory must be within its limit, and only the largest bodies of matmul may spill, 32 bytes at most.
 """
 
+import dataclasses
+import functools
+
 import torch
 
 from qkernels.packing import PLANES, block_columns
 from qkernels.scheme import Scheme
-from qkernels.tuning.configs import DequantizeConfig, MatmulConfig, QuantizeConfig
+from qkernels.tuning import tables
+from qkernels.tuning.configs import DenseConfig, DequantizeConfig, MatmulConfig, QuantizeConfig
+from qkernels.tuning.devices import H200, Device
+
+WORKSPACE_BYTES = 1 << 28  # of dequantized weights at a time
+
+# What a launch more, and a load from memory, take on recent GPUs: about.
+_REDUCE_US = 1.5
+_LATENCY_US = 1.0
 
 _LARGEST_TILE = 8192  # weights of one row that a quantizing program holds in registers
 
@@ -37,23 +48,106 @@ def dequantize() -> DequantizeConfig:
     return DequantizeConfig(block_n=8, block_k=256, num_warps=4)
 
 
-def matmul(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
-    """For the kernel of matmul.py and x of so many tokens."""
-    # Planes of 1 bit make a step of 256 k, and float32 has no tensor cores: no registers are left for more tokens.
-    without_mma = dtype is torch.float32
-    wide = tokens > 16 and block_columns(scheme.bits) < 256 and not without_mma
+@functools.lru_cache(maxsize=65536)
+def matmul(
+    tokens: int, out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype, device: Device = H200
+) -> MatmulConfig | DenseConfig:
+    """How to multiply (tokens, in_features) by a weight: as a table measured on this GPU says, else by `heuristic`."""
+    tuned = tables.lookup(tokens, out_features, in_features, scheme, dtype, device)
+    return tuned or heuristic(tokens, out_features, in_features, scheme, dtype, device)
+
+
+def heuristic(
+    tokens: int, out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype, device: Device
+) -> MatmulConfig | DenseConfig:
+    """Sane on any GPU: from what is known of it, and from what its machine code costs; measured on none.
+
+    Few tokens are a matter of reading weights: the fused kernel, its K split until the GPU is full. Many are a matter
+    of arithmetic, at which cuBLAS is best: from about where dequantizing costs less than what it gains.
+    """
+    if tokens > most_fused_tokens(dtype, device):
+        return dense(out_features, in_features, dtype)
+    return fused(tokens, out_features, in_features, scheme, dtype, device)
+
+
+def fused(
+    tokens: int, out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype, device: Device
+) -> MatmulConfig:
+    """The fused kernel's configuration, by the heuristic, for any number of tokens."""
+    tile = _tile(tokens, scheme, dtype)
+    return dataclasses.replace(tile, splits=_splits(tile, tokens, out_features, in_features, scheme, device))
+
+
+def dense(out_features: int, in_features: int, dtype: torch.dtype) -> DenseConfig:
+    """As few passes as the workspace allows, of equal size."""
+    row_bytes = max(1, in_features * dtype.itemsize)
+    passes = -(-out_features * row_bytes // WORKSPACE_BYTES)
+    return DenseConfig(rows=min(out_features, -(-out_features // passes // 256) * 256))
+
+
+def most_fused_tokens(dtype: torch.dtype, device: Device) -> int:
+    """How many tokens the fused kernel serves sooner than dequantizing and cuBLAS, were both at their rates.
+
+    Dequantizing a weight moves about 2.5 bytes, and 2 are read again; the fused kernel does 2 operations for each token
+    and weight at a lower rate.
+    """
+    if dtype is torch.float32:
+        return 32  # without tensor cores the fused kernel has no chance
+    rates = device.rates
+    lost = 2 * (1 / rates.fused - 1) / rates.tensor  # seconds for a token and weight
+    return round(4.5 / rates.bandwidth / lost / 16) * 16
+
+
+def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
+    """Tile and warps by what compiled code costs; see `python -m benchmarks.static_cost`.
+
+    One warp of 64 rows takes fewest instructions, and warps on their own never wait for each other. Codes of several
+    planes, offsets and groups of many sizes need more registers, so two warps share the rows; so do more tokens.
+    """
+    if dtype is torch.float32:
+        return MatmulConfig(16, 64, blocks=1, splits=1, num_warps=4, num_stages=3, max_registers=255)
+    planes, step = len(PLANES[scheme.bits]), block_columns(scheme.bits)
+    light = planes == 1 and scheme.value_map != "offset" and not _short_chunks(scheme)
+    block_m = 8 if tokens <= 8 else 16
+    if tokens > 16 and step < 256:
+        block_m = 32
+    if tokens > 32 and step < 256 and light:
+        block_m = 64
+    num_warps = 1 if light and block_m <= 16 else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
+    max_registers = 168 if light and block_m == 8 and step < 256 else 255
+    return MatmulConfig(block_m, 64, 1, splits=1, num_warps=num_warps, num_stages=3, max_registers=max_registers)
+
+
+def _short_chunks(scheme: Scheme) -> bool:
+    """Groups that end inside a block, or at odd places."""
     group = scheme.group_size
-    short_chunks = isinstance(group, int) and (group < 128 or group != _power_of_two(group))
-    large = len(PLANES[scheme.bits]) > 1 or scheme.value_map == "offset" or short_chunks or without_mma
-    return MatmulConfig(
-        block_m=32 if wide else 16,
-        block_n=32 if wide else 64,
-        blocks=1,
-        num_warps=4 if without_mma else 2,
-        num_stages=3,
-        max_registers=255 if large else 128,
-    )
+    return isinstance(group, int) and (group < 64 or group != _power_of_two(group))
+
+
+def _splits(
+    tile: MatmulConfig, tokens: int, out_features: int, in_features: int, scheme: Scheme, device: Device
+) -> int:
+    """The splits of K that a model of the time likes best.
+
+    Every multiprocessor has its share of the bandwidth, of which few programs, each with only num_stages - 1 steps
+    under way, leave some unused. The partial sums are written and read, and adding them up is one more launch.
+    """
+    step = tile.blocks * block_columns(scheme.bits)
+    steps = max(1, in_features // step)
+    step_us = tile.block_n * step * scheme.bits / 8 / (device.rates.bandwidth * 1e-6 / device.multiprocessors)
+    enough = _LATENCY_US / (step_us * (tile.num_stages - 1))  # programs that keep a multiprocessor's share busy
+    blocks = -(-out_features // tile.block_n) * -(-tokens // tile.block_m)
+
+    def time_us(splits: int) -> float:
+        split_steps = -(-steps // splits)
+        programs = -(-blocks * -(-steps // split_steps) // device.multiprocessors)  # on the busiest
+        time = max(programs, enough) * split_steps * step_us
+        if splits > 1:
+            time += _REDUCE_US + 8 * splits * tokens * out_features / (device.rates.bandwidth * 1e-6)
+        return time
+
+    return min((1, 2, 3, 4, 6, 8, 12, 16), key=time_us)
 
 
 def _power_of_two(n: int) -> int:

@@ -26,11 +26,19 @@ class DequantizeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MatmulConfig:
-    """Of matmul_kernel."""
+    """Of matmul_kernel: unpacks and multiplies in one."""
 
-    block_m: int  # at least 16
+    block_m: int  # at least 8
     block_n: int
     blocks: int  # whole packed blocks (packing.block_columns values of k) that a step of the main loop unpacks
-    num_warps: int
+    splits: int  # of K: each sums its part, and reduce.py adds them in order; fewer where K has not so many steps
+    num_warps: int  # 4 and more use Hopper's wgmma
     num_stages: int
     max_registers: int  # that a thread may have
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """Dequantizes to x's dtype, some rows at a time into one workspace, and leaves the product to cuBLAS."""
+
+    rows: int  # output features at a time

@@ -1,0 +1,52 @@
+"""The end of a matrix product whose K was split: y[m, n] = sum_s part[s, m, n] (+ bias[n]).
+
+Shapes    part (splits, M, N) float32, bias (N,), y (M, N).
+Numerics  float32, splits added in order: the same bits in every run. One rounding, at the end.
+Oracle    torch.sum      Tuning  none: the data of a decode step fits in a corner of L2
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkernels.kernels.launch import Launcher
+
+
+@triton.jit
+def reduce_kernel(
+    part_ptr,  # (splits, M, N) float32, contiguous
+    bias_ptr,  # (N,) floating, or unused
+    y_ptr,  # (M, N) floating, contiguous
+    splits,
+    size,  # M * N
+    N,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        total += tl.load(part_ptr + split.to(tl.int64) * size + i, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + i % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+_BLOCK = 256
+_launch_reduce = Launcher(reduce_kernel, constants=("HAS_BIAS", "BLOCK"))
+
+
+def reduce(part: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Launch only: y (M, N) in dtype; M and N at least 1."""
+    splits, M, N = part.shape
+    y = part.new_empty((M, N), dtype=dtype)
+    _launch_reduce(
+        -(-M * N // _BLOCK),
+        (part, part if bias is None else bias, y),
+        (splits, M * N, N),
+        (bias is not None, _BLOCK),
+        (2,),
+    )
+    return y
