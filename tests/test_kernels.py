@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from qkernels import ops, reference
+from qkernels.kernels import dequantize as dequantize_kernel
 from qkernels.kernels import matmul as matmul_kernel
 from qkernels.scheme import Scheme
+from qkernels.tuning import choose
 from tests import bounds, truth
 from tests.conftest import HAS_GPU
 from tests.helpers import ALL_MAPS, Weight, exact_weight, random_weight, signs
@@ -30,7 +32,8 @@ FEATURES = (1, 5, 63, 64, 65)
 @pytest.fixture(params=["ptx", "plain"] if not HAS_GPU else ["gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if not HAS_GPU:
-        monkeypatch.setattr(matmul_kernel, "has_ptx", lambda: request.param == "ptx")
+        for module in (matmul_kernel, dequantize_kernel):
+            monkeypatch.setattr(module, "has_ptx", lambda: request.param == "ptx")
     return str(request.param)
 
 
@@ -235,7 +238,7 @@ def test_quantize_takes_any_view(device: str) -> None:
 
 
 @pytest.mark.parametrize(("bits", "suffix"), ALL_MAPS)
-def test_dequantize_equals_the_oracle_bit_for_bit(bits: int, suffix: str, device: str) -> None:
+def test_dequantize_equals_the_oracle_bit_for_bit(bits: int, suffix: str, device: str, path: str) -> None:
     columns = itertools.cycle(COLUMNS)
     for i, group in enumerate(GROUPS):
         weight = random_weight(f"w{bits}{group}{suffix}-{('fp16', 'bf16', 'fp32')[i % 3]}", 9, next(columns), seed=i)
@@ -246,6 +249,30 @@ def test_dequantize_equals_the_oracle_bit_for_bit(bits: int, suffix: str, device
             weight.packed, weight.scale, weight.zero, weight.scheme, weight.in_features, dtype
         )
         assert torch.equal(found, expected), f"{weight.scheme} {tuple(expected.shape)} {dtype}"
+
+
+@pytest.mark.parametrize("text", ["w4g128", "w8g64f", "w3g48", "w4cs", "w4t"])
+def test_dequantize_a_range_of_rows_into_a_given_tensor(text: str, device: str, path: str) -> None:
+    """Several programs along both dimensions; views of the operands; nothing around the output is touched."""
+    weight = random_weight(text, 40, 2192)
+    packed, scale, zero = weight.args(device)
+    canvas = torch.full((40, 2208), float("nan"), dtype=torch.float16, device=device)
+    rows, per_row = slice(3, 37), slice(0, 1) if text == "w4t" else slice(3, 37)
+    out = canvas[rows, 8:2200]
+    found = dequantize_kernel.dequantize(
+        packed[rows],
+        scale[:, per_row],
+        None if zero is None else zero[:, per_row],
+        weight.scheme,
+        2192,
+        torch.float16,
+        choose.dequantize(),
+        out=out,
+    )
+    assert found is out
+    whole = reference.dequantize(weight.packed, weight.scale, weight.zero, weight.scheme, 2192, torch.float16)
+    assert torch.equal(out.cpu(), whole[rows])
+    assert int(torch.isnan(canvas).sum()) == canvas.numel() - out.numel()
 
 
 def test_offsets_of_another_dtype_than_the_scales(device: str) -> None:

@@ -267,3 +267,77 @@ def load_codes(
         row_ptr += tl.cdiv(K * plane_bits(BITS, i - 1), 128) * 16
         code |= _load_plane(row_ptr, slot, lane, K, mask, plane_bits(BITS, i)) << plane_shift(BITS, i)
     return code
+
+
+@triton.constexpr_function
+def _field_place(BITS, SLOT):
+    """(bits that plane 0's word is shifted down, lowest bit of the code after that): the code below bit 23."""
+    bits = _PLANES.value[BITS][0]
+    place = bits * SLOT % (8 * _LANE_BYTES.value[bits])
+    return (0, place) if place + BITS <= 23 else (16, place - 16)
+
+
+@triton.constexpr_function
+def magic_of_slot(BITS, SLOT):
+    """What code_float adds to the codes of a slot: the float32 whose last place is at the lowest bit of the code."""
+    return 2.0 ** (23 - _field_place(BITS, SLOT)[1])
+
+
+@triton.jit
+def code_float(
+    plane0,  # int32, from load_words without PTX; plane1 and plane2 repeat plane0 where BITS has fewer planes
+    plane1,
+    plane2,
+    SLOT: tl.constexpr,
+    BITS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """code + magic_of_slot, exact float32: the code is or-ed into the mantissa where it lies in the word.
+
+    So a slot of one plane costs one instruction (lop3), and another for the few slots that lie too high in a word.
+    """
+    down: tl.constexpr = _field_place(BITS, SLOT)[0]
+    place: tl.constexpr = _field_place(BITS, SLOT)[1]
+    exponent: tl.constexpr = 150 - place << 23  # 23 - place, biased by 127
+    bits = _merge(exponent, plane0 >> down, plane_bits(BITS, 0), place, PTX)
+    if plane_count(BITS) > 1:
+        b1: tl.constexpr = plane_bits(BITS, 1)
+        place1: tl.constexpr = place + plane_shift(BITS, 1)
+        bits = _merge(bits, _moved(plane1, place1 - b1 * SLOT % lane_bits(b1)), b1, place1, PTX)
+    if plane_count(BITS) > 2:
+        b2: tl.constexpr = plane_bits(BITS, 2)
+        place2: tl.constexpr = place + plane_shift(BITS, 2)
+        bits = _merge(bits, _moved(plane2, place2 - b2 * SLOT % lane_bits(b2)), b2, place2, PTX)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _merge(
+    bits,  # int32, or a number
+    word,  # int32
+    width: tl.constexpr,
+    place: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """bits, with `width` bits of word or-ed into it where they are, at `place`."""
+    mask: tl.constexpr = 2**width - 1 << place
+    if not PTX:
+        return (word & mask) | bits
+    elif isinstance(bits, tl.constexpr):
+        # ptxas makes two instructions of `and` and `or` where both have an immediate operand.
+        asm: tl.constexpr = _and_or_asm(mask, bits)
+        return tl.inline_asm_elementwise(asm, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        asm: tl.constexpr = _and_or_asm(mask, "$2")
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [word, bits], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.constexpr_function
+def _and_or_asm(mask, bits):
+    return f"lop3.b32 $0, $1, {mask:#x}, {bits if isinstance(bits, str) else hex(bits)}, 0xEA;"
+
+
+@triton.jit
+def _moved(word, up: tl.constexpr):
+    """word, shifted up by so many bits, or down."""
+    return word << up if up >= 0 else word >> -up
