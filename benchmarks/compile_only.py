@@ -26,9 +26,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as active_driver
 
-# Shared memory that one block may have, in bytes, by compute capability (CUDA programming guide, technical
+# Shared memory that one program may have, in bytes, by compute capability (CUDA programming guide, technical
 # specifications); these are also the capabilities that kernels are compiled and checked for.
 SHARED_MEMORY_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Warps and programs that a multiprocessor can hold; the same source.
+_MOST_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+_MOST_PROGRAMS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+
+
+def resident_programs(capability: int, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Programs that one multiprocessor runs at a time.
+
+    It has 64 Ki registers, given to warps 256 at a time, and 1 KiB more shared memory than a program may have, of which
+    each program takes 1 KiB for itself.
+    """
+    warps_by_registers = 65536 // (-(-registers * 32 // 256) * 256)
+    return min(
+        _MOST_PROGRAMS[capability],
+        min(_MOST_WARPS[capability], warps_by_registers) // num_warps,
+        (SHARED_MEMORY_BYTES[capability] + 1024) // (shared_bytes + 1024),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +80,9 @@ class Launch:
 class _Driver:
     """The few parts of a Triton driver that a launch touches."""
 
-    def __init__(self, capability: int):
+    def __init__(self, capability: int, record: bool):
         self.capability = capability
+        self.record = record
         self.launches: list[Launch] = []
         self.utils = self
 
@@ -84,6 +102,9 @@ class _Driver:
         return 1, 1, 0, 0, 1024
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        if not self.record:
+            return _no_launch
+
         def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any) -> None:
             compiled = next(
                 kernel
@@ -104,12 +125,19 @@ class _Driver:
         return launch
 
 
+def _no_launch(*_: Any) -> None:
+    pass
+
+
 @contextlib.contextmanager
-def compile_only(capability: int) -> Iterator[list[Launch]]:
-    """Inside, Triton launches compile for `capability` (a key of SHARED_MEMORY_BYTES) and are recorded, not run."""
+def compile_only(capability: int, record: bool = True) -> Iterator[list[Launch]]:
+    """Inside, Triton launches compile for `capability` (a key of SHARED_MEMORY_BYTES) and are recorded, not run.
+
+    With record=False they are forgotten at once: what is left is the time that the host takes.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("compile_only needs compiled kernels: start Python without TRITON_INTERPRET=1")
-    driver = _Driver(capability)
+    driver = _Driver(capability, record)
     active_driver.set_active(driver)
     try:
         yield driver.launches

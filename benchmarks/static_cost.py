@@ -8,7 +8,11 @@ The exit status is 1 if a kernel spills more than `spill_budget` allows.
 
 What is compiled is what a launch of the ops would compile, with the configuration that choose.py gives it.
 Instructions per weight are those of one thread, summed over threads: of the main loop for matmul, of the whole program
-for quantize and dequantize.
+for quantize and dequantize; operations on shared memory are those among them that load, store or copy there.
+
+The bound is what alone would take longest on a GPU of that capability: moving the bytes, issuing the instructions (one
+for each of 4 warps in a cycle) or, of matmul, the tensor cores. `of memory` is the share of its bandwidth that this
+leaves: below 100 % a kernel cannot reach the memory floor however well it is scheduled; at 100 % it still may not.
 """
 
 from __future__ import annotations
@@ -28,16 +32,51 @@ from typing import Literal
 
 import torch
 
-from benchmarks.compile_only import SHARED_MEMORY_BYTES, compile_only
+from benchmarks.compile_only import SHARED_MEMORY_BYTES, compile_only, resident_programs
+from benchmarks.floors import weight_bytes
 from qkernels import packing
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose
+from qkernels.tuning.configs import MatmulConfig
 from qkernels.tuning.devices import Device
 
 TARGETS = tuple(SHARED_MEMORY_BYTES)
 MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")  # of 16-bit floats: Ampere to consumer Blackwell, Hopper, Blackwell
+# Operations on shared memory: loads, stores, and copies from global memory into it.
+SHARED_OPCODES = ("LDS", "LDSM", "STS", "STSM", "LDGSTS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What bounds are reckoned with.
+
+    Attributes:
+        multiprocessors: how many.
+        clock: boost, Hz.
+        bandwidth: bytes/s.
+        mma_flops: of 16-bit tensor-core products with float32 sums, for each multiprocessor and cycle, by the
+            instructions that kernels of few tokens use (mma.sync); None where unknown.
+    """
+
+    name: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    mma_flops: int | None
+
+
+# Datasheets, except H200: a copy as measured, and mma.sync at 62 % of wgmma (Luo et al., arXiv 2402.13499).
+GPUS = {
+    80: Gpu("A100 80GB", 108, 1.41e9, 2.04e12, 2048),
+    86: Gpu("RTX 3090", 82, 1.70e9, 0.94e12, 512),
+    89: Gpu("RTX 4090", 128, 2.52e9, 1.01e12, 512),
+    90: Gpu("H200", 132, 1.98e9, 4.3e12, 2540),
+    100: Gpu("B200", 148, 1.85e9, 8.0e12, None),
+    120: Gpu("RTX 5090", 170, 2.41e9, 1.79e12, 512),
+}
 DTYPES = ("float16", "bfloat16", "float32")
 KERNELS = ("matmul", "quantize", "dequantize")
+OUT_FEATURES = 4096  # N, of every problem
 Kernel = Literal["matmul", "quantize", "dequantize"]
 
 
@@ -52,6 +91,7 @@ class Problem:
         dtype: of x, or of the weights: "float16", "bfloat16" or "float32".
         tokens: M, of matmul.
         in_features: K; the default is a whole number of blocks and groups.
+        config: of matmul, instead of the one that it would get.
     """
 
     kernel: Kernel
@@ -60,6 +100,7 @@ class Problem:
     dtype: str
     tokens: int = 1
     in_features: int = 4096
+    config: MatmulConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +110,11 @@ class Cost:
     registers: int  # per thread
     stack_bytes: int  # per thread: spills
     shared_bytes: int  # per program
+    num_warps: int  # of a program
+    programs: int  # on a multiprocessor at a time
     instructions_per_weight: float
+    shared_operations_per_weight: float
+    seconds: dict[str, float]  # for a weight of the whole problem: of "memory", "issue" and, of matmul, "MMA"
     opcodes: collections.Counter[str]  # of the whole kernel, by stem
     ptx: str = dataclasses.field(repr=False)
 
@@ -77,6 +122,16 @@ class Cost:
     def mma(self) -> int:
         """Tensor-core instructions in the code."""
         return sum(self.opcodes[name] for name in MMA_OPCODES)
+
+    @property
+    def bound(self) -> str:
+        """What takes longest: "memory", "issue" or "MMA"."""
+        return max(self.seconds, key=lambda what: self.seconds[what])
+
+    @property
+    def memory_share(self) -> float:
+        """Of the memory's bandwidth that the longest leaves to be used: at most 1."""
+        return self.seconds["memory"] / self.seconds[self.bound]
 
 
 def cost(problem: Problem) -> Cost:
@@ -88,27 +143,51 @@ def cost(problem: Problem) -> Cost:
     scheme = Scheme.parse(problem.scheme)
     try:
         with compile_only(problem.capability) as launches:
-            threads_per_weight = _launch(problem, scheme)
+            threads_per_weight, block_m = _launch(problem, scheme)
     except Exception as error:
         raise RuntimeError(f"{problem} does not compile: {type(error).__name__}: {error}") from error
     launch = launches[0]  # the others add up partial sums
     sass = launch.sass
-    counted = sass.loop_instructions if problem.kernel == "matmul" else sass.instructions
+    loop = problem.kernel == "matmul"
+    opcodes = sass.loop_opcodes if loop else sass.opcodes
+    per_weight = (sass.loop_instructions if loop else sass.instructions) * threads_per_weight
     return Cost(
         registers=sass.registers,
         stack_bytes=sass.stack_bytes,
         shared_bytes=launch.shared_bytes,
-        instructions_per_weight=counted * threads_per_weight,
+        num_warps=launch.num_warps,
+        programs=resident_programs(problem.capability, sass.registers, launch.shared_bytes, launch.num_warps),
+        instructions_per_weight=per_weight,
+        shared_operations_per_weight=sum(opcodes[name] for name in SHARED_OPCODES) * threads_per_weight,
+        seconds=_seconds(problem, scheme, per_weight, block_m),
         opcodes=sass.opcodes,
         ptx=launch.ptx,
     )
 
 
-def _launch(problem: Problem, scheme: Scheme) -> float:
-    """Launch on meta tensors; threads per weight of what is counted."""
+def _seconds(problem: Problem, scheme: Scheme, instructions_per_weight: float, block_m: int) -> dict[str, float]:
+    """Each bound, divided by the number of weights; every block of tokens unpacks the weights anew."""
+    gpu, N, K = GPUS[problem.capability], OUT_FEATURES, problem.in_features
+    dense = getattr(torch, problem.dtype).itemsize
+    moved = 0.0 if problem.kernel == "matmul" else dense
+    moved += weight_bytes(N, K, scheme) / (N * K)
+    m_blocks = -(-problem.tokens // block_m)
+    if problem.kernel == "matmul":
+        moved += problem.tokens * (N + K) * dense / (N * K)
+    found = {
+        "memory": moved / gpu.bandwidth,
+        "issue": m_blocks * instructions_per_weight / (gpu.multiprocessors * 128 * gpu.clock),
+    }
+    if problem.kernel == "matmul" and gpu.mma_flops and dense == 2:
+        found["MMA"] = 2 * m_blocks * block_m / (gpu.multiprocessors * gpu.mma_flops * gpu.clock)
+    return found
+
+
+def _launch(problem: Problem, scheme: Scheme) -> tuple[float, int]:
+    """Launch on meta tensors; (threads per weight of what is counted, tokens of a tile)."""
     from qkernels.kernels import dequantize, matmul, quantize
 
-    N, K = 4096, problem.in_features
+    N, K = OUT_FEATURES, problem.in_features
     dtype: torch.dtype = getattr(torch, problem.dtype)
     w = torch.empty(N, K, dtype=dtype, device="meta")
     if problem.kernel == "quantize":
@@ -117,19 +196,20 @@ def _launch(problem: Problem, scheme: Scheme) -> float:
             quantize.quantize(w, scheme, quantize_config)
         else:
             quantize.encode(w, *_scale_and_zero(scheme, N, K), scheme, quantize_config)
-        return quantize_config.num_warps * 32 / (quantize_config.block_n * quantize_config.tile)
+        return quantize_config.num_warps * 32 / (quantize_config.block_n * quantize_config.tile), 1
     packed = torch.empty(N, packing.packed_words(scheme.bits, K), dtype=torch.int32, device="meta")
     scale, zero = _scale_and_zero(scheme, N, K)
     if problem.kernel == "dequantize":
         config = choose.dequantize()
         dequantize.dequantize(packed, scale, zero, scheme, K, dtype, config)
-        return config.num_warps * 32 / (config.block_n * config.block_k)
+        return config.num_warps * 32 / (config.block_n * config.block_k), 1
     x = torch.empty(problem.tokens, K, dtype=dtype, device="meta")
-    device = Device(f"sm_{problem.capability}", problem.capability, 132)
-    matmul_config = choose.fused(problem.tokens, N, K, scheme, dtype, device)
+    gpu = GPUS[problem.capability]
+    device = Device(gpu.name, problem.capability, gpu.multiprocessors)
+    matmul_config = problem.config or choose.fused(problem.tokens, N, K, scheme, dtype, device)
     matmul.matmul(x, packed, scale, zero, None, scheme, matmul_config)
     block_k = matmul_config.blocks * packing.block_columns(scheme.bits)
-    return matmul_config.num_warps * 32 / (matmul_config.block_n * block_k)
+    return matmul_config.num_warps * 32 / (matmul_config.block_n * block_k), matmul_config.block_m
 
 
 def _scale_and_zero(scheme: Scheme, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -181,7 +261,7 @@ def every_problem(targets: Iterable[int] = TARGETS) -> Iterator[Problem]:
 def main(arguments: list[str] | None = None) -> int:
     """Print costs as a table, and write them to a file where one is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=[80, 89, 90, 100])
+    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=[80, 86, 89, 90, 100, 120])
     parser.add_argument("--schemes", nargs="+", default=["w8g128", "w4g128", "w4g128s", "w4g32f", "w3g128", "w2g64"])
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=DTYPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64])
@@ -203,19 +283,16 @@ def main(arguments: list[str] | None = None) -> int:
             over_budget += found.stack_bytes > spill_budget(problem)
             if not options.all or found.stack_bytes:
                 rows.append(_row(problem, found))
-            figures = {field: getattr(found, field) for field in ("registers", "stack_bytes", "shared_bytes")}
-            records.append(
-                {
-                    **dataclasses.asdict(problem),
-                    **figures,
-                    "mma": found.mma,
-                    "instructions_per_weight": round(found.instructions_per_weight, 3),
-                }
-            )
-    columns = ("target", "kernel", "scheme", "dtype", "tokens", "registers", "stack", "shared", "mma", "instr/weight")
+            record = dataclasses.asdict(problem)
+            del record["config"]
+            for field in ("registers", "stack_bytes", "shared_bytes", "num_warps", "programs", "mma", "bound"):
+                record[field] = getattr(found, field)
+            for field in ("instructions_per_weight", "shared_operations_per_weight", "memory_share"):
+                record[field] = round(getattr(found, field), 3)
+            records.append(record)
     print(
         tables.text(
-            f"{len(problems)} kernels, {over_budget} spill more than their budget", columns, rows, text_columns=4
+            f"{len(problems)} kernels, {over_budget} spill more than their budget", COLUMNS, rows, text_columns=4
         )
     )
     if options.json:
@@ -236,12 +313,19 @@ def _chosen(options: argparse.Namespace) -> Iterator[Problem]:
             yield Problem(kernel, str(Scheme.parse(scheme)), target, dtype, tokens)
 
 
+COLUMNS = (
+    "target", "kernel", "scheme", "dtype", "tokens", "warps", "registers", "stack", "shared", "resident", "mma",
+    "instr/weight", "shared op/weight", "bound", "of memory",
+)  # fmt: skip
+
+
 def _row(problem: Problem, found: Cost) -> tuple[str, ...]:
     tokens = str(problem.tokens) if problem.kernel == "matmul" else ""
     return (
-        f"sm_{problem.capability}", problem.kernel, problem.scheme, problem.dtype, tokens, str(found.registers),
-        f"{found.stack_bytes} B", f"{found.shared_bytes / 1024:.1f} KiB", str(found.mma),
-        f"{found.instructions_per_weight:.2f}",
+        f"sm_{problem.capability}", problem.kernel, problem.scheme, problem.dtype, tokens, str(found.num_warps),
+        str(found.registers), f"{found.stack_bytes} B", f"{found.shared_bytes / 1024:.1f} KiB", str(found.programs),
+        str(found.mma), f"{found.instructions_per_weight:.2f}", f"{found.shared_operations_per_weight:.2f}",
+        found.bound, f"{100 * found.memory_share:.0f} %",
     )  # fmt: skip
 
 

@@ -25,7 +25,6 @@ from qkernels.checks import DTYPES, check_activation, check_dequantize, check_qu
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.tuning import choose
 from qkernels.tuning.configs import DenseConfig
-from qkernels.tuning.devices import device_of
 
 _library = torch.library.Library("qkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -151,7 +150,7 @@ def _matmul_cuda(
         tokens = tokens.contiguous()
     packed, scale, zero = packed.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
     bias = None if bias is None else bias.contiguous()
-    config = choose.matmul(tokens.shape[0], out_features, in_features, parsed, x.dtype, device_of(x.get_device()))
+    config = choose.matmul_on(tokens.shape[0], out_features, in_features, scheme, x.dtype, x.get_device())
     if isinstance(config, DenseConfig):
         y = _dense_matmul(tokens, packed, scale, zero, bias, parsed, config)
     else:

@@ -8,6 +8,8 @@ matmul, y = sum_k x w^ + bias over K products in float32, in any order, with any
 S counts splits of the sum, and G groups: scales that multiply float32 sums round once per group, and once when added.
 A float-offset kernel adds two terms per group, x * (code - c) and x * (offset + c scale), c = 2^(bits - 1), whose sizes
 A must count one by one; the second factor is itself rounded, once more 2^-24.
+
+Where weights are rounded to x's dtype before they are multiplied, u(dtype) A is added.
 """
 
 from __future__ import annotations
@@ -24,9 +26,19 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
 
-def matmul(exact: Array, magnitude: Array, in_features: int, groups: int, dtype: torch.dtype, splits: int = 1) -> Array:
-    """Largest |y - y*|; magnitude is A, from `matmul_magnitude`."""
+def matmul(
+    exact: Array,
+    magnitude: Array,
+    in_features: int,
+    groups: int,
+    dtype: torch.dtype,
+    splits: int = 1,
+    rounded_weights: bool = False,
+) -> Array:
+    """Largest |y - y*|; magnitude is A, from `matmul_magnitude`; rounded_weights where they are of dtype."""
     error = ((9 * in_features / 8 + splits) * 2.0**-23 + (2 * groups + 2) * 2.0**-24) * magnitude
+    if rounded_weights:
+        error = error + UNIT[dtype] * (1 + UNIT[dtype]) * magnitude
     return error + UNIT[dtype] * (np.abs(exact) + error) + SMALLEST[dtype]
 
 

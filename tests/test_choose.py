@@ -3,43 +3,105 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from qkernels import packing
 from qkernels.scheme import Scheme
-from qkernels.tuning import choose
-from qkernels.tuning.configs import MatmulConfig, QuantizeConfig
+from qkernels.tuning import choose, tables
+from qkernels.tuning.configs import DenseConfig, MatmulConfig, QuantizeConfig
+from qkernels.tuning.devices import H200, Device
 from tests.helpers import ALL_MAPS
 
-DECODE = MatmulConfig(block_m=16, block_n=64, blocks=1, num_warps=2, num_stages=3, max_registers=128)
-FLOAT32 = dataclasses.replace(DECODE, num_warps=4)
-BATCH = MatmulConfig(block_m=32, block_n=32, blocks=1, num_warps=2, num_stages=3, max_registers=128)
+DECODE = MatmulConfig(8, 64, blocks=1, splits=1, num_warps=1, num_stages=3, max_registers=168)
+FEW = dataclasses.replace(DECODE, block_m=16, max_registers=255)
+PLANES = dataclasses.replace(DECODE, num_warps=2, max_registers=255)
+BATCH = dataclasses.replace(PLANES, block_m=32)
+FLOAT32 = dataclasses.replace(FEW, num_warps=4)
+A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108)
+L4 = Device("NVIDIA L4", 89, 58)
+B200 = Device("NVIDIA B200", 100, 148)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "scheme", "dtype", "wanted", "large"),
+    ("tokens", "scheme", "dtype", "wanted"),
     [
-        (1, "w4g128", torch.float16, DECODE, False),
-        (16, "w4g128", torch.bfloat16, DECODE, False),
-        (17, "w4g128", torch.float16, BATCH, False),
-        (8192, "w8cs", torch.float16, BATCH, False),
-        (1, "w4g128", torch.float32, FLOAT32, True),
-        (64, "w4g128", torch.float32, FLOAT32, True),
-        (1, "w4g128f", torch.float16, DECODE, True),
-        (1, "w3g128", torch.float16, DECODE, True),
-        (1, "w4g48", torch.float16, DECODE, True),
-        (1, "w4g192", torch.float16, DECODE, True),
-        (1, "w4g64", torch.float16, DECODE, True),
-        (64, "w6ts", torch.bfloat16, BATCH, True),
-        (64, "w7ts", torch.bfloat16, DECODE, True),
-        (64, "w1g256", torch.bfloat16, DECODE, False),
+        (1, "w4g128", torch.float16, DECODE),
+        (8, "w4g64", torch.bfloat16, DECODE),
+        (1, "w8cs", torch.bfloat16, DECODE),
+        (1, "w2g128f", torch.float16, DECODE),
+        (1, "w1g128", torch.float16, dataclasses.replace(DECODE, max_registers=255)),
+        (9, "w4g128", torch.float16, FEW),
+        (16, "w4g128f", torch.bfloat16, FEW),
+        (1, "w3g128", torch.float16, PLANES),
+        (8, "w4g32", torch.bfloat16, PLANES),
+        (8, "w4g192", torch.bfloat16, PLANES),
+        (16, "w4g32", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
+        (17, "w4g128", torch.float16, BATCH),
+        (33, "w4g128f", torch.float16, BATCH),
+        (33, "w6ts", torch.bfloat16, BATCH),
+        (33, "w7ts", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
+        (33, "w1g128", torch.bfloat16, dataclasses.replace(FEW)),
+        (33, "w4g128", torch.bfloat16, dataclasses.replace(BATCH, block_m=64)),
+        (1, "w4g128", torch.float32, FLOAT32),
+        (32, "w4g128", torch.float32, FLOAT32),
     ],
 )
-def test_matmul(tokens: int, scheme: str, dtype: torch.dtype, wanted: MatmulConfig, large: bool) -> None:
-    found = choose.matmul(tokens, Scheme.parse(scheme), dtype)
-    assert found == dataclasses.replace(wanted, max_registers=255 if large else 128)
+def test_tiles(tokens: int, scheme: str, dtype: torch.dtype, wanted: MatmulConfig) -> None:
+    found = choose.matmul(tokens, 4096, 4096, Scheme.parse(scheme), dtype, H200)
+    assert isinstance(found, MatmulConfig)
+    assert dataclasses.replace(found, splits=1) == wanted
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "tokens", "device", "splits"),
+    [
+        (4096, 4096, 1, H200, 16),  # 64 blocks of rows would leave half of the GPU idle
+        (6144, 4096, 1, H200, 8),
+        (28672, 4096, 1, H200, 2),
+        (57344, 8192, 1, H200, 1),
+        (4096, 4096, 64, H200, 8),
+        (28672, 4096, 64, H200, 1),  # partial sums would be half as large as the weights
+        (4096, 4096, 256, H200, 2),
+        (4096, 128, 1, H200, 1),  # nothing to split
+        (4096, 4096, 1, L4, 8),
+        (28672, 4096, 1, L4, 1),
+    ],
+)
+def test_splits(out_features: int, in_features: int, tokens: int, device: Device, splits: int) -> None:
+    found = choose.matmul(tokens, out_features, in_features, Scheme.parse("w4g128"), torch.bfloat16, device)
+    assert isinstance(found, MatmulConfig)
+    assert found.splits == splits
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "most"),
+    [
+        (H200, torch.bfloat16, 464),
+        (A100, torch.float16, 848),
+        (L4, torch.float16, 864),
+        (B200, torch.bfloat16, 208),
+        (Device("of 2030", 150, 200), torch.bfloat16, 608),  # as the newest that is known
+        (Device("of 2018", 75, 40), torch.float16, 848),  # as the oldest
+        (H200, torch.float32, 32),
+    ],
+)
+def test_many_tokens_are_left_to_cublas(device: Device, dtype: torch.dtype, most: int) -> None:
+    scheme = Scheme.parse("w4g128")
+    assert choose.most_fused_tokens(dtype, device) == most
+    assert isinstance(choose.matmul(most, 4096, 4096, scheme, dtype, device), MatmulConfig)
+    assert isinstance(choose.matmul(most + 1, 4096, 4096, scheme, dtype, device), DenseConfig)
+
+
+def test_the_workspace_is_bounded_and_passes_are_even() -> None:
+    assert choose.dense(4096, 4096, torch.bfloat16) == DenseConfig(rows=4096)
+    assert choose.dense(57344, 8192, torch.bfloat16) == DenseConfig(rows=14336)
+    assert choose.dense(5, 0, torch.bfloat16) == DenseConfig(rows=5)
+    assert choose.dense(3, 2**28 - 16, torch.float32) == DenseConfig(rows=1)  # a row may be larger than the workspace
+    assert choose.dense(128256, 4096, torch.float16) == DenseConfig(rows=32256)  # 4 passes; 8 MB above the bound
+    assert choose.dense(999, 100_000, torch.float16) == DenseConfig(rows=999)
+    assert choose.dense(100, 2**22, torch.float16) == DenseConfig(rows=25)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +125,8 @@ def test_quantize(scheme: str, in_features: int, fits: bool, wanted: QuantizeCon
 
 @pytest.mark.parametrize(("bits", "suffix"), ALL_MAPS)
 @pytest.mark.parametrize("group", ["g16", "g48", "c"])
-def test_blocks_are_powers_of_two(bits: int, suffix: str, group: str) -> None:
+def test_what_is_chosen_is_possible(bits: int, suffix: str, group: str) -> None:
     scheme = Scheme.parse(f"w{bits}{group}{suffix}")
-    for tokens in (1, 15, 16, 17, 100_000):
-        config = choose.matmul(tokens, scheme, torch.float16)
-        block_k = config.blocks * packing.block_columns(bits)
-        for size in (config.block_m, config.block_n, block_k, config.num_warps):
-            assert size & (size - 1) == 0
-        assert config.block_m >= 16
+    for tokens, device in itertools.product((1, 15, 16, 17, 400, 100_000), (H200, A100, L4, B200)):
+        for dtype in (torch.float16, torch.float32):
+            tables.check(choose.matmul(tokens, 333, 777, scheme, dtype, device))

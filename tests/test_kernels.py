@@ -5,6 +5,7 @@ On a GPU inline assembly is always used. In the interpreter both ways are tested
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -16,6 +17,7 @@ from qkernels import ops, reference
 from qkernels.kernels import dequantize as dequantize_kernel
 from qkernels.kernels import matmul as matmul_kernel
 from qkernels.scheme import Scheme
+from qkernels.tuning.configs import DenseConfig, MatmulConfig
 from qkernels.tuning import choose
 from tests import bounds, truth
 from tests.conftest import HAS_GPU
@@ -84,6 +86,74 @@ def test_matmul_holds_its_bound(text: str, dtype: torch.dtype, device: str, path
         allowed = bounds.matmul(exact, magnitude, 530, weight.groups, dtype)
         error = np.abs(truth.as_array(_matmul(x, weight, bias, device)) - exact)
         assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the bound"
+
+
+CONFIG = MatmulConfig(block_m=16, block_n=32, blocks=1, splits=1, num_warps=1, num_stages=3, max_registers=255)
+
+
+def _run(x: Tensor, weight: Weight, bias: Tensor | None, config: MatmulConfig, device: str) -> Tensor:
+    tensors = [None if t is None else t.to(device) for t in (x, *weight.args("cpu"), bias)]
+    return matmul_kernel.matmul(*tensors, weight.scheme, config).cpu()
+
+
+@pytest.mark.parametrize(
+    ("text", "splits"), [("w4g128", 2), ("w4g256", 3), ("w8g64s", 16), ("w3g48f", 2), ("w2c", 5)]
+)
+def test_split_sums_are_exact(text: str, splits: int, device: str, path: str) -> None:
+    """Any number of splits, also more than there are steps, and steps that do not divide by it; tails; bias once."""
+    for in_features, tokens, dtype in ((620, 17, torch.bfloat16), (640, 1, torch.float16), (50, 1, torch.float16)):
+        weight, x = exact_weight(text, 20, in_features), signs(tokens, in_features, dtype)
+        bias = signs(1, 20, dtype)[0]
+        exact = truth.as_array(x) @ weight.values.T + truth.as_array(bias)
+        y = _run(x, weight, bias, dataclasses.replace(CONFIG, splits=splits), device)
+        assert torch.equal(y, truth.rounded(exact, dtype)), (in_features, tokens)
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_m": 8}, {"block_m": 32}, {"blocks": 2}, {"blocks": 4, "splits": 2}, {"block_n": 64}]
+)
+def test_every_tile_is_exact(change: dict[str, int], device: str, path: str) -> None:
+    config = dataclasses.replace(CONFIG, **change)
+    for text, in_features, dtype in (
+        ("w4g128", 660, torch.float16), ("w2g64", 512, torch.bfloat16), ("w5g96f", 300, torch.float16)
+    ):  # fmt: skip
+        weight, x = exact_weight(text, 40, in_features), signs(20, in_features, dtype)
+        y = _run(x, weight, None, config, device)
+        assert torch.equal(y, truth.rounded(truth.as_array(x) @ weight.values.T, dtype)), text
+
+
+@pytest.mark.parametrize("text", ["w4g128", "w8g32", "w4g64s", "w3g96"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaled_weights(text: str, dtype: torch.dtype, device: str, path: str) -> None:
+    """Exact where scales are powers of two; else as if weights were rounded to x's dtype."""
+    text += {torch.float16: "", torch.bfloat16: "-bf16"}[dtype]
+    config = dataclasses.replace(CONFIG, scale_weights=True, splits=2)
+    weight, x = exact_weight(text, 20, 300), signs(5, 300, dtype)
+    y = _run(x, weight, None, config, device)
+    assert torch.equal(y, truth.rounded(truth.as_array(x) @ weight.values.T, dtype))
+    weight, x = random_weight(text, 20, 300), torch.randn(5, 300).to(dtype)
+    exact = truth.as_array(x) @ weight.values.T
+    magnitude = bounds.matmul_magnitude(truth.as_array(x), weight.values, None)
+    allowed = bounds.matmul(exact, magnitude, 300, weight.groups, dtype, splits=2, rounded_weights=True)
+    assert (np.abs(truth.as_array(_run(x, weight, None, config, device)) - exact) <= allowed).all()
+
+
+@pytest.mark.parametrize("text", ["w4g128", "w8ts", "w3g48f", "w2c"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dense_product_in_passes(
+    text: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tokens: the weight is dequantized some rows at a time, each pass into the same workspace."""
+    monkeypatch.setattr(ops.choose, "matmul_on", lambda *_: DenseConfig(rows=16))
+    weight, x, bias = exact_weight(text, 37, 300), signs(50, 300, dtype), signs(1, 37, dtype)[0]
+    w = truth.as_array(truth.rounded(weight.values, dtype))
+    for b in (None, bias):
+        exact = truth.as_array(x) @ w.T + (0 if b is None else truth.as_array(b))
+        y = truth.as_array(_matmul(x, weight, b, device))
+        magnitude = bounds.matmul_magnitude(truth.as_array(x), w, None if b is None else truth.as_array(b))
+        # torch's own product on a CPU may round partial sums to dtype.
+        allowed = bounds.matmul(exact, magnitude, 300, 1, dtype) + 2 * bounds.UNIT[dtype] * magnitude
+        assert (np.abs(y - exact) <= allowed).all()
 
 
 def test_a_row_of_a_batch_equals_the_row_alone(device: str) -> None:

@@ -1,5 +1,6 @@
 """What every launch needs to know about where it runs."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -71,11 +72,9 @@ class Launcher:
         either = 0
         for pointer in pointers:
             either |= pointer
-        device = driver.get_current_device()
-        key = (device, numbers, constants, options, *[t.dtype for t in tensors])
+        key = (driver.get_current_device(), numbers, constants, options, *[t.dtype for t in tensors])
         compiled = self.compiled.get(key)
-        runtime = triton.knobs.runtime
-        if compiled is None or either % 16 or runtime.launch_enter_hook is not None:
+        if compiled is None or either % 16 or _enter_hooks.calls or _exit_hooks.calls:
             compiled = self.kernel[(programs,)](*tensors, *numbers, **dict(zip(self.names, constants + options)))
             if not either % 16:
                 if len(self.compiled) >= _MOST_COMPILED:
@@ -83,12 +82,19 @@ class Launcher:
                 self.compiled[key] = compiled
             return
         compiled.run(
-            programs, 1, 1, driver.get_current_stream(device), compiled.function, compiled.packed_metadata,
-            None, None, runtime.launch_exit_hook, *pointers, *numbers, *constants,
+            programs, 1, 1, driver.get_current_stream(key[0]), compiled.function, compiled.packed_metadata,
+            None, None, None, *pointers, *numbers, *constants,
         )  # fmt: skip
 
 
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU current: Triton launches on the current device and its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 _INTERPRETED = triton.knobs.runtime.interpret
+_enter_hooks = triton.knobs.runtime.launch_enter_hook  # of profilers, which want Triton's own launch
+_exit_hooks = triton.knobs.runtime.launch_exit_hook
 _MOST_COMPILED = 4096  # entries of a Launcher: every other number of tokens is one
 
 

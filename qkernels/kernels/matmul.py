@@ -6,8 +6,9 @@
 
 Shapes    x (M, K), packed (N, words) int32, scale and zero (groups, N), bias (N), y (M, N); M, N, K >= 1.
 Numerics  code - zero is an exact integer in x's dtype, so products are exact and accumulate in float32; scales multiply
-          the float32 sums. One rounding, at the end. Offsets are centered on c, so that the two terms hardly cancel.
-          float32 x multiplies in IEEE float32, without tensor cores.
+          the float32 sums, of each group or, where there is one group, at the end. One rounding, at the end. Offsets are
+          centered on c, so that the two terms hardly cancel. float32 x multiplies in IEEE float32, without tensor cores.
+          With SCALE_WEIGHTS weights are scaled before they are multiplied, and rounded to x's dtype, as dequantize does.
 Oracle    qkernels.reference.matmul      Tuning  qkernels.tuning.choose
 """
 
@@ -28,6 +29,7 @@ from qkernels.kernels.unpack import (
     load_words,
     plane_bits,
     plane_count,
+    scaled,
     unpack_slot,
     zero_operand,
 )
@@ -93,6 +95,7 @@ def matmul_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_TAIL: tl.constexpr,  # K is not a whole number of steps
     SPLIT: tl.constexpr,  # K is split: partial sums for reduce.py, without bias
+    SCALE_WEIGHTS: tl.constexpr,  # in x's dtype, with one more rounding, instead of each group's sum
     PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,29 +148,35 @@ def matmul_kernel(
         x_step = x_row + step * (STEP * 16)
         for t in tl.static_range(STEP):
             if t * plane_bits(BITS, 0) % lane_bits(plane_bits(BITS, 0)) == 0:
-                words0 = load_words(step0, t, plane_bits(BITS, 0), PTX)
+                words0 = load_words(step0, t, None, plane_bits(BITS, 0), PTX)
                 if plane_count(BITS) < 2:
                     words1 = words0
                 if plane_count(BITS) < 3:
                     words2 = words0
             if plane_count(BITS) > 1:
                 if t * plane_bits(BITS, 1) % lane_bits(plane_bits(BITS, 1)) == 0:
-                    words1 = load_words(step1, t, plane_bits(BITS, 1), PTX)
+                    words1 = load_words(step1, t, None, plane_bits(BITS, 1), PTX)
             if plane_count(BITS) > 2:
                 if t * plane_bits(BITS, 2) % lane_bits(plane_bits(BITS, 2)) == 0:
-                    words2 = load_words(step2, t, plane_bits(BITS, 2), PTX)
+                    words2 = load_words(step2, t, None, plane_bits(BITS, 2), PTX)
             if GROUP != 0:
                 if t % CHUNK == 0:
                     group = (step * STEP + t) * 16 // GROUP * group_stride
                     zero_op = zero_operand(_load_zero(zero_col + group, ZERO), x_ptr, BITS, PTX)
-                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                    x_sum = part
+                    if SCALE_WEIGHTS:
+                        scale = tl.load(scale_col + group)[:, None]
+                    else:
+                        part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                        x_sum = part
             w = unpack_slot(words0, words1, words2, zero_op, x_ptr, t, BITS, ZERO, PTX)
             x = tl.load(x_step + t * 16)
-            part = tl.dot(w, x, part, input_precision="ieee")
+            if SCALE_WEIGHTS:
+                acc = tl.dot(scaled(w, scale, PTX), x, acc)
+            else:
+                part = tl.dot(w, x, part, input_precision="ieee")
             if VALUE_MAP == "offset":
                 x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")  # in every row: already where acc wants it
-            if GROUP != 0:
+            if GROUP != 0 and not SCALE_WEIGHTS:
                 if t % CHUNK == CHUNK - 1:
                     acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, CENTER, VALUE_MAP)
 
@@ -205,7 +214,7 @@ def matmul_kernel(
 _launch_matmul = Launcher(
     matmul_kernel,
     constants=(
-        "BITS", "GROUP", "VALUE_MAP", "HAS_BIAS", "HAS_TAIL", "SPLIT", "PTX", "BLOCK_M", "BLOCK_N", "BLOCKS",
+        "BITS", "GROUP", "VALUE_MAP", "HAS_BIAS", "HAS_TAIL", "SPLIT", "SCALE_WEIGHTS", "PTX", "BLOCK_M", "BLOCK_N", "BLOCKS",
     ),
     options=("num_warps", "num_stages", "maxnreg"),
 )  # fmt: skip
@@ -240,6 +249,7 @@ def matmul(
             bias_here is not None,
             K % step != 0,
             splits > 1,
+            config.scale_weights,
             has_ptx() and x.dtype != torch.float32,
             config.block_m,
             config.block_n,

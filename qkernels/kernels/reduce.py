@@ -27,8 +27,10 @@ def reduce_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(part_ptr + split.to(tl.int64) * size + i, mask=mask, other=0.0)
+    part = part_ptr + i
+    for _ in range(splits):
+        total += tl.load(part, mask=mask, other=0.0)
+        part += size
     if HAS_BIAS:
         total += tl.load(bias_ptr + i % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=mask)

@@ -57,6 +57,13 @@ def plane_shift(BITS, i):
 # add.bf16x2 needs sm_90; a multiply-add by one gives the same bits from sm_80 on.
 _ADD = tl.constexpr({"fp16": "add.f16x2 {}, {}, {}", "bf16": "mov.b32 one, 0x3F803F80;\nfma.rn.bf16x2 {}, {}, one, {}"})
 
+_MULTIPLY = tl.constexpr(
+    {
+        name: f"{{.reg .b32 minus;\nmov.b32 minus, 0x80008000;\nfma.rn.{pair} $0, $1, $2, minus;}}"
+        for name, pair in (("fp16", "f16x2"), ("bf16", "bf16x2"))
+    }
+)
+
 # $2 and $3 are neighbouring words: $0 takes their low halves, $1 their high halves.
 _PAIR_HALVES = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 0x7632;")
 
@@ -162,20 +169,25 @@ def _slot_constraints(BITS, DTYPE, ZERO):
 
 @triton.jit
 def load_words(
-    step_ptr,  # (rows, 1) int32 pointers to the first word that a step of the main loop needs of a plane
-    SLOT: tl.constexpr,  # of the step
+    row_ptr,  # (rows, 1) int32 pointers to the first word of a plane of each row, or of a step of the main loop
+    slot,  # counted from there
+    mask,  # of the rows, or None
     bits: tl.constexpr,  # of the plane
     PTX: tl.constexpr,
 ):
     """The words of the block that holds a slot, (rows, 16) int32 or int16, ready for unpack_slot."""
-    index = SLOT * bits // lane_bits(bits) * 16 + tl.arange(0, 16)[None, :]
+    index = slot * bits // lane_bits(bits) * 16 + tl.arange(0, 16)[None, :]
     if lane_bits(bits) == 16:
-        return tl.load(step_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index)
+        pointer = row_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index
     else:
-        word = tl.load(step_ptr + index)
-        if PTX:
-            word = tl.inline_asm_elementwise(_PAIR_HALVES, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2)
-        return word
+        pointer = row_ptr + index
+    if mask is None:
+        word = tl.load(pointer)
+    else:
+        word = tl.load(pointer, mask=mask, other=0)
+    if PTX and lane_bits(bits) == 32:
+        word = tl.inline_asm_elementwise(_PAIR_HALVES, "=&r,=&r,r,r", [word], dtype=tl.int32, is_pure=True, pack=2)
+    return word
 
 
 @triton.jit
@@ -232,6 +244,22 @@ def unpack_slot(
             b2: tl.constexpr = plane_bits(BITS, 2)
             code |= ((plane2.to(tl.int32) >> (b2 * SLOT % lane_bits(b2))) & (2**b2 - 1)) << plane_shift(BITS, 2)
         return (code - (zero if ZERO is None else ZERO)).to(dtype)
+
+
+@triton.jit
+def scaled(
+    w,  # (rows, 16) float16 or bfloat16, from unpack_slot
+    scale,  # (rows, 1) of the same dtype
+    PTX: tl.constexpr,
+):
+    """w * scale, rounded once to their dtype."""
+    if PTX:
+        # Plus -0, which changes no bit: bfloat16 has no multiplication of pairs before sm_90.
+        return tl.inline_asm_elementwise(
+            _MULTIPLY.value[w.dtype.name], "=r,r,r", [w, scale], dtype=w.dtype, is_pure=True, pack=2
+        )
+    else:
+        return w * scale
 
 
 @triton.jit

@@ -10,10 +10,10 @@ import functools
 import torch
 
 from qkernels.packing import PLANES, block_columns
-from qkernels.scheme import Scheme
+from qkernels.scheme import Scheme, as_scheme
 from qkernels.tuning import tables
 from qkernels.tuning.configs import DenseConfig, DequantizeConfig, MatmulConfig, QuantizeConfig
-from qkernels.tuning.devices import H200, Device
+from qkernels.tuning.devices import Device, device_of
 
 WORKSPACE_BYTES = 1 << 28  # of dequantized weights at a time
 
@@ -49,8 +49,15 @@ def dequantize() -> DequantizeConfig:
 
 
 @functools.lru_cache(maxsize=65536)
+def matmul_on(
+    tokens: int, out_features: int, in_features: int, scheme: str, dtype: torch.dtype, device: int
+) -> MatmulConfig | DenseConfig:
+    """`matmul`, remembered, by what a launch has at hand: a scheme's string and tensor.get_device()."""
+    return matmul(tokens, out_features, in_features, as_scheme(scheme), dtype, device_of(device))
+
+
 def matmul(
-    tokens: int, out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype, device: Device = H200
+    tokens: int, out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype, device: Device
 ) -> MatmulConfig | DenseConfig:
     """How to multiply (tokens, in_features) by a weight: as a table measured on this GPU says, else by `heuristic`."""
     tuned = tables.lookup(tokens, out_features, in_features, scheme, dtype, device)
@@ -79,10 +86,11 @@ def fused(
 
 
 def dense(out_features: int, in_features: int, dtype: torch.dtype) -> DenseConfig:
-    """As few passes as the workspace allows, of equal size."""
-    row_bytes = max(1, in_features * dtype.itemsize)
-    passes = -(-out_features * row_bytes // WORKSPACE_BYTES)
-    return DenseConfig(rows=min(out_features, -(-out_features // passes // 256) * 256))
+    """As few passes as the workspace allows, of equal size: whole tiles of cuBLAS where that adds but little."""
+    passes = -(-out_features * in_features * dtype.itemsize // WORKSPACE_BYTES)
+    rows = -(-out_features // max(1, passes))
+    multiple = next((multiple for multiple in (256, 16) if rows >= 4 * multiple), 1)
+    return DenseConfig(rows=min(out_features, -(-rows // multiple) * multiple))
 
 
 def most_fused_tokens(dtype: torch.dtype, device: Device) -> int:
@@ -102,16 +110,16 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     """Tile and warps by what compiled code costs; see `python -m benchmarks.static_cost`.
 
     One warp of 64 rows takes fewest instructions, and warps on their own never wait for each other. Codes of several
-    planes, offsets and groups of many sizes need more registers, so two warps share the rows; so do more tokens.
+    planes, short groups and more tokens need more registers, so two warps share the rows.
     """
     if dtype is torch.float32:
         return MatmulConfig(16, 64, blocks=1, splits=1, num_warps=4, num_stages=3, max_registers=255)
-    planes, step = len(PLANES[scheme.bits]), block_columns(scheme.bits)
-    light = planes == 1 and scheme.value_map != "offset" and not _short_chunks(scheme)
+    step = block_columns(scheme.bits)
+    light = len(PLANES[scheme.bits]) == 1 and not _short_chunks(scheme)
     block_m = 8 if tokens <= 8 else 16
     if tokens > 16 and step < 256:
         block_m = 32
-    if tokens > 32 and step < 256 and light:
+    if tokens > 32 and step < 256 and light and scheme.value_map != "offset":
         block_m = 64
     num_warps = 1 if light and block_m <= 16 else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.

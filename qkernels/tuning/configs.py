@@ -35,6 +35,9 @@ class MatmulConfig:
     num_warps: int  # 4 and more use Hopper's wgmma
     num_stages: int
     max_registers: int  # that a thread may have
+    # Scale each weight, rounding it to x's dtype, instead of each group's sum: fewer registers and, with many tokens,
+    # fewer instructions.
+    scale_weights: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

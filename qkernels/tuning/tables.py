@@ -69,12 +69,14 @@ def lookup(
     entries = _by_kind(device).get((_kind(scheme), dtype))
     if not entries:
         return None
+    # a shape beyond _FARTHEST, or fewer tokens than asked for, is no guide
     shape, distance = min(
         ((shape, _distance(shape, (out_features, in_features))) for shape in entries), key=lambda pair: pair[1]
     )
     if distance > _FARTHEST:
         return None
-    return next((config for most, config in entries[shape] if tokens <= most), None)
+    config = next((config for most, config in entries[shape] if tokens <= most), None)
+    return config if config is not None and fits(config, scheme, dtype) else None
 
 
 def read(path: pathlib.Path) -> list[Entry]:
@@ -106,6 +108,8 @@ def check(config: MatmulConfig | DenseConfig) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if field.name == "scale_weights" and isinstance(value, bool):
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{field.name} must be a positive int, got {value!r}")
     if isinstance(config, MatmulConfig):
@@ -116,6 +120,17 @@ def check(config: MatmulConfig | DenseConfig) -> None:
             raise ValueError(f"block_m must be at least 8 and block_n 16, got {config.block_m} and {config.block_n}")
         if not 24 <= config.max_registers <= 255:
             raise ValueError(f"max_registers must be from 24 to 255, got {config.max_registers}")
+
+
+def fits(config: MatmulConfig | DenseConfig, scheme: Scheme, dtype: torch.dtype) -> bool:
+    """Whether a configuration can serve a scheme and a dtype of x.
+
+    Scaling weights needs scales of x's own 16-bit dtype, groups to have different ones, and no offsets.
+    """
+    if isinstance(config, DenseConfig) or not config.scale_weights:
+        return True
+    grouped = isinstance(scheme.group_size, int) and scheme.value_map != "offset"
+    return grouped and scheme.scale_dtype is dtype and dtype is not torch.float32
 
 
 def write(path: pathlib.Path, device: Device, measured: Mapping[str, Any], entries: Iterable[Entry]) -> None:
