@@ -32,6 +32,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 Record = dict[str, Any]
 Item = TypeVar("Item")
+DEVICE = "cuda"
 
 # Ceilings are measurements too: a time is refused only where it is below its floor by more than this.
 TOLERANCE = 0.03
@@ -128,22 +129,27 @@ def result_path(folder: pathlib.Path, device: str, date: str, suite: str) -> pat
 def write(path: pathlib.Path, record: Record) -> None:
     """Write a record as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def newest(kind: str, folder: pathlib.Path = RESULTS) -> pathlib.Path | None:
-    """The result file of a kind with the latest date; None if there is none."""
+    """The result file of a kind with the latest date, with most problems among those; None if there is none."""
     found = []
     for path in folder.glob("*/*.json"):
         record = json.loads(path.read_text())
         if isinstance(record, dict) and record.get("kind") == kind and record.get("problems"):
-            found.append((record["date"], path))
-    return max(found)[1] if found else None
+            found.append((record["date"], len(record["problems"]), path))
+    return max(found)[-1] if found else None
 
 
 # ---- suites ----
@@ -213,8 +219,7 @@ def today() -> str:
 class WeightSets:
     """Prepared weights of one (N, K, scheme), kept while problems with the same weight follow each other."""
 
-    def __init__(self, prepare: Callable[[Provider, Problem, int], Prepared] | None = None):
-        self._prepare = prepare or (lambda provider, problem, seed: provider.prepare(problem, seed))
+    def __init__(self) -> None:
         self._weight: tuple[int, int, str] | None = None
         self._sets: dict[str, list[Prepared]] = {}
 
@@ -225,7 +230,7 @@ class WeightSets:
             self._sets, self._weight = {}, weight
         sets = self._sets.setdefault(provider.name, [])
         while len(sets) < count:
-            sets.append(self._prepare(provider, problem, len(sets)))
+            sets.append(provider.prepare(problem, len(sets), DEVICE))
         return sets[:count]
 
     def drop(self, provider: Provider) -> None:
@@ -244,7 +249,7 @@ def measure(
     entries: dict[str, Record] = {}
     calls: dict[str, list[timing.Call]] = {}
     by_name = {provider.name: provider for provider in chosen}
-    x = providers.activations(problem)
+    x = providers.activations(problem, DEVICE)
     for name, provider in by_name.items():
         if (reason := provider.supports(problem)) is not None:
             entries[name] = {"skipped": reason}

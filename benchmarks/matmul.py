@@ -106,7 +106,7 @@ def _on_gpu(options: argparse.Namespace, chosen: Suite, planned: Sequence[Proble
     )
     sets, providers = harness.WeightSets(), [PROVIDERS[name] for name in chosen.providers]
     path = harness.result_path(options.out, machine["device"], harness.today(), options.suite)
-    record = {
+    record: harness.Record = {
         "kind": "matmul",
         "suite": options.suite,
         "date": harness.today(),

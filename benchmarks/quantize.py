@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     machine, ceilings = harness.machine(), harness.ceilings()
     path = harness.result_path(options.out, machine["device"], harness.today(), "quantize")
-    record = {
+    record: harness.Record = {
         "kind": "quantize",
         "suite": "quantize",
         "date": harness.today(),
