@@ -150,7 +150,7 @@ def line(found: harness.Record) -> str:
 
 def result_tables(record: harness.Record) -> str:
     """A table for each model and scheme of a result file."""
-    columns = ("layer", "M", "provider", "cold us", "+-", "warm us", "eager us", "floor us", "eta", "speed-up")
+    columns = ("layer", "provider", "M", "cold us", "+-", "warm us", "eager us", "floor us", "eta", "speed-up")
     by_title: dict[str, list[tuple[str, ...]]] = {}
     for found in record["problems"]:
         rows = by_title.setdefault(f"{found['model']}, {found['scheme']}", [])
@@ -161,21 +161,21 @@ def result_tables(record: harness.Record) -> str:
             spread = (cold["high_us"] - cold["low_us"]) / 2
             rows.append(
                 (
-                    found["layer"], str(found["M"]), name, f"{cold['median_us']:.1f}", f"{spread:.1f}",
+                    found["layer"], name, str(found["M"]), f"{cold['median_us']:.1f}", f"{spread:.1f}",
                     f"{entry['warm']['median_us']:.1f}", f"{entry['eager']['median_us']:.1f}",
                     f"{entry['floor_us']:.1f}",
                     "refused" if "contaminated" in entry else f"{entry['eta']:.0%}",
                     f"{entry['speed_up']:.2f}" if "speed_up" in entry else "",
                 )
             )  # fmt: skip
-    texts = [tables.text(title, columns, rows, text_columns=1) for title, rows in by_title.items() if rows]
+    texts = [tables.text(title, columns, rows, text_columns=2) for title, rows in by_title.items() if rows]
     skipped = {
         (name, entry["skipped"])
         for found in record["problems"]
         for name, entry in found["providers"].items()
         if "skipped" in entry
     }
-    return "\n\n".join([*texts, *(f"skipped: {name}: {reason}" for name, reason in sorted(skipped))])
+    return "\n\n".join([*texts, "\n".join(f"skipped: {name}: {reason}" for name, reason in sorted(skipped))])
 
 
 # ---- without ----
