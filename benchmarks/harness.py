@@ -42,8 +42,8 @@ _MEMORY_SHARE = 0.3  # of the GPU's memory, that the weight sets of one provider
 # ---- the machine ----
 
 
-def machine() -> Record:
-    """The GPU, its driver and clocks, and the versions of what runs on it."""
+def machine(code: str | None = None) -> Record:
+    """The GPU, its driver and clocks, and the versions of what runs on it; code names the commit if git does not."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "device": properties.name,
@@ -55,7 +55,7 @@ def machine() -> Record:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{package: _version(package) for package in ("triton", "gemlite", "bitsandbytes", "torchao")},
-        "commit": commit(),
+        "commit": code or commit(),
     }
 
 

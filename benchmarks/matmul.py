@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="stop before this many seconds have passed")
     parser.add_argument("--replays", type=positive_int, default=30, help="timed replays, cold; a third warm and eager")
     parser.add_argument("--out", type=pathlib.Path, default=harness.RESULTS, help="folder of the result files")
+    parser.add_argument("--commit", help="of the code, where this is not a git checkout")
     parser.add_argument("--gpu", choices=floors.GPUS, default="H200", help="without a GPU: whose figures to print")
     parser.add_argument("--no-compile", action="store_true", help="without a GPU: floors alone, no static cost")
     return parser
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _on_gpu(options: argparse.Namespace, chosen: Suite, planned: Sequence[Problem]) -> int:
-    machine, ceilings = harness.machine(), harness.ceilings()
+    machine, ceilings = harness.machine(options.commit), harness.ceilings()
     print(
         f"{machine['device']}: {ceilings.copy / 1e12:.2f} TB/s copied, {ceilings.read / 1e12:.2f} TB/s read, "
         f"{ceilings.matmul / 1e12:.0f} TFLOP/s bfloat16",

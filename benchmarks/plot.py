@@ -97,9 +97,11 @@ def _draw(path: pathlib.Path, title: str, found: Lines, label: str, logarithmic:
     for axes in panels.flat[len(found) :]:
         axes.set_visible(False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    figure.supxlabel("tokens M", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens M", fontsize=9)
     figure.supylabel(label, fontsize=9)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    labels = [f"{name} (another function)" if providers.PROVIDERS[name].rate != 1 else name for name in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Software": None})  # the same picture is the same file
 
 

@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--seconds", type=float, default=60.0, help="stop before this many seconds have passed")
     parser.add_argument("--out", type=pathlib.Path, default=harness.RESULTS, help="folder of the result files")
+    parser.add_argument("--commit", help="of the code, where this is not a git checkout")
     parser.add_argument("--gpu", choices=floors.GPUS, default="H200", help="without a GPU: whose figures to print")
     options = parser.parse_args(arguments)
     if any(Scheme.parse(scheme).group_size == "tensor" for scheme in options.schemes):
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("There is no GPU here, so nothing is timed. What follows is known without one.\n")
         print(floor_table(planned, floors.GPUS[options.gpu]))
         return 0
-    machine, ceilings = harness.machine(), harness.ceilings()
+    machine, ceilings = harness.machine(options.commit), harness.ceilings()
     path = harness.result_path(options.out, machine["device"], harness.today(), "quantize")
     record: harness.Record = {
         "kind": "quantize",

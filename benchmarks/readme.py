@@ -71,9 +71,7 @@ def floor_block() -> str:
     return (
         f"No result file from a GPU yet. These are floors, in microseconds: no product of M tokens with a layer of "
         f"{MODEL} can take less on an {ceilings.device} ({ceilings.copy / 1e12:.1f} TB/s copied, "
-        f"{ceilings.matmul / 1e12:.0f} TFLOP/s bfloat16).\n\n{table}\n"
-        "`python -m benchmarks.matmul` times the kernels, cuBLAS and others on a GPU; without one it prints floors for "
-        "other models and GPUs.\n"
+        f"{ceilings.matmul / 1e12:.0f} TFLOP/s bfloat16).\n\n{table}"
     )
 
 

@@ -525,12 +525,12 @@ def _machine() -> harness.Record:
 def results(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
     """A result file, of a run of the command on the stand-in."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(harness, "machine", _machine)
+    monkeypatch.setattr(harness, "machine", lambda code: _machine())
     monkeypatch.setattr(harness, "ceilings", lambda: dataclasses.replace(CEILINGS, copy=1e13))
     layers = (problems.Layer("qkv", 64, 256), problems.Layer("down", 128, 512))
     monkeypatch.setitem(problems.MODELS, "Llama-3-8B", layers)
     gpu.call_us = lambda call: 4.0 if "cublas" not in call.func.__qualname__.lower() else 12.0
-    done = matmul.main(["--schemes", "w4g128", "w8cs", "--tokens", "1", "16", "--out", str(tmp_path)])
+    done = matmul.main(["--schemes", "w4g128", "w8cs", "--tokens", "1", "16", "--replays", "4", "--out", str(tmp_path)])
     assert done == 0
     (path,) = tmp_path.glob("*/*.json")
     return path
@@ -555,7 +555,7 @@ def test_wrong_products_fail_the_command(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(harness, "machine", _machine)
+    monkeypatch.setattr(harness, "machine", lambda code: _machine())
     monkeypatch.setattr(harness, "ceilings", lambda: CEILINGS)
     monkeypatch.setitem(problems.MODELS, "Llama-3-8B", (problems.Layer("qkv", 64, 256),))
     monkeypatch.setitem(PROVIDERS, "qkernels", Broken())
@@ -707,8 +707,8 @@ def test_gpu_calls_of_a_pass_write_to_memory_of_their_own() -> None:
 @pytest.mark.gpu
 def test_gpu_cold_is_slower_than_warm() -> None:
     weights = [
-        torch.randn(2048, 2048, dtype=torch.float16, device="cuda")
-        for _ in range(timing.weight_sets(2 * 2048**2, timing.l2_bytes()))
+        torch.randn(4096, 2048, dtype=torch.float16, device="cuda")
+        for _ in range(timing.weight_sets(2 * 4096 * 2048, timing.l2_bytes()))
     ]
     x = torch.randn(1, 2048, dtype=torch.float16, device="cuda")
     calls: list[timing.Call] = [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
@@ -720,7 +720,7 @@ def test_gpu_cold_is_slower_than_warm() -> None:
     assert abs(cold["a"].median_us / cold["b"].median_us - 1) < 0.1  # the same work
     assert eager.median_us > 0.9 * warm.median_us
     bandwidth = timing.copy_bandwidth(2**28)
-    assert cold["a"].median_us > 2 * 2048**2 / max(bandwidth, timing.read_bandwidth(2**28)) * 1e6 * 0.97
+    assert cold["a"].median_us > 2 * 4096 * 2048 / max(bandwidth, timing.read_bandwidth(2**28)) * 1e6 * 0.97
 
 
 @pytest.mark.gpu
