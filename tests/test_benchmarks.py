@@ -283,6 +283,10 @@ def test_a_time_below_the_floor_is_refused(gpu: FakeGpu) -> None:
     assert "eta" not in entry
     assert "speed_up" not in entry
     # below the floor of copying, but not below that of reading, which is twice as fast here
+    gpu.call_us = lambda call: 0.25
+    entry = harness.measure(SMALL, [PROVIDERS["cublas"]], CEILINGS, harness.WeightSets(), 5)["providers"]["cublas"]
+    assert 0.17 < entry["cold"]["median_us"] < 0.3 < entry["floor_us"]
+    assert entry["eta"] > 1
     assert harness.judge(8.0, 10.0, 5.0) == {"eta": 1.25}
     assert "contaminated" in harness.judge(8.0, 10.0, 10.0)
     assert harness.judge(9.8, 10.0, 10.0) == {"eta": pytest.approx(1.02, abs=0.01)}  # within what ceilings are known to
