@@ -1,0 +1,131 @@
+"""Pictures of result files of benchmarks.matmul, beside them: speed-up, and share of the floor, against M.
+
+    python -m benchmarks.plot                                            # the newest result file
+    python -m benchmarks.plot benchmarks/results/nvidia-h200/*-full.json
+
+Each model and scheme of a file gives two PNGs, with a panel per layer and a line per provider. Times that were refused
+are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import harness, providers
+
+# provider -> color; the baseline is grey
+COLORS = {
+    "cublas": "#9a9a9a",
+    "qkernels": "#1f6fb2",
+    "qkernels-dequantize": "#7fb2d9",
+    "tinygemm": "#c8452c",
+    "int8": "#b0a030",
+    "gemlite": "#4a8f4a",
+    "bitsandbytes": "#8a5aa5",
+    "torchao": "#d98a3d",
+}
+# figure -> (key of an entry, label of the axis, whether the axis is logarithmic)
+FIGURES = {
+    "speed-up": ("speed_up", "speed-up over bfloat16 cuBLAS, cold", True),
+    "floor": ("eta", "floor / cold time", False),
+}
+Lines = dict[str, dict[str, list[tuple[int, float]]]]
+
+
+def lines(record: harness.Record, model: str, scheme: str, key: str) -> Lines:
+    """{layer: {provider: [(M, value)]}} of a result file, M ascending; no lines where there are no values."""
+    found: Lines = {}
+    for problem in record["problems"]:
+        if (problem["model"], problem["scheme"]) == (model, scheme):
+            for name, entry in problem["providers"].items():
+                if key in entry:
+                    by_name = found.setdefault(problem["layer"], {})
+                    by_name.setdefault(name, []).append((problem["M"], entry[key]))
+    for by_name in found.values():
+        for points in by_name.values():
+            points.sort()
+    return found
+
+
+def draw(record: harness.Record, path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Draw a result file; path is that of the file, and gives the pictures their names. Yields each picture's path."""
+    seen = dict.fromkeys((problem["model"], problem["scheme"]) for problem in record["problems"])
+    for model, scheme in seen:
+        for figure, (key, label, logarithmic) in FIGURES.items():
+            found = lines(record, model, scheme, key)
+            if found:
+                machine = record["machine"]
+                title = f"{model}, {scheme}: {machine['device']}, {record['date']}, torch {machine['torch']}"
+                picture = path.with_name(f"{path.stem}-{model}-{scheme}-{figure}.png")
+                _draw(picture, title, found, label, logarithmic)
+                yield picture
+
+
+def _draw(path: pathlib.Path, title: str, found: Lines, label: str, logarithmic: bool) -> None:
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(found))
+    rows = -(-len(found) // columns)
+    figure: Any = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.8), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    top = max(value for by_name in found.values() for points in by_name.values() for _, value in points)
+    handles: dict[str, Any] = {}
+    for axes, (layer, by_name) in zip(panels.flat, found.items(), strict=False):
+        axes.axhline(1.0, color="#cccccc", linewidth=1, zorder=0)
+        for name, points in by_name.items():
+            (handles[name],) = axes.plot(
+                *zip(*points, strict=True), marker="o", markersize=3, linewidth=1.3,
+                color=COLORS[name], linestyle="--" if providers.PROVIDERS[name].rate != 1 else "-",
+            )  # fmt: skip
+        axes.set_title(layer, loc="left", fontsize=10)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({M for points in by_name.values() for M, _ in points})
+        axes.set_xticks(ticks, [str(M) for M in ticks], rotation=60)
+        axes.set_xticks([], minor=True)
+        if logarithmic:
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(0, 1.05 * max(1.0, top))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    for axes in panels.flat[len(found) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens M", fontsize=9)
+    figure.supylabel(label, fontsize=9)
+    labels = [f"{name} (another function)" if providers.PROVIDERS[name].rate != 1 else name for name in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Software": None})  # the same picture is the same file
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw files; the exit status is 1 if there is nothing to draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="result files of benchmarks.matmul")
+    options = parser.parse_args(arguments)
+    newest = harness.newest("matmul")
+    files = options.files or ([newest] if newest else [])
+    drawn = 0
+    for path in files:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or record.get("kind") != "matmul":
+            parser.error(f"{path} is no result file of benchmarks.matmul")
+        for picture in draw(record, path):
+            print(picture)
+            drawn += 1
+    if not drawn:
+        print("No times to draw: python -m benchmarks.matmul, on a machine with a GPU, makes a result file.")
+    return 0 if drawn else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
