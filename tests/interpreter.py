@@ -1,8 +1,10 @@
 """Teach Triton's interpreter bfloat16 and inline PTX, so that every path of a kernel can be proved without a GPU.
 
 As shipped (3.6 to 3.9) the interpreter keeps bfloat16 as raw uint16: `tl.dot`, arithmetic and integer casts then return
-garbage without a word, and float32 to bfloat16 truncates. Inline assembly raises. Here bfloat16 goes through float32
-with round-to-nearest-even, and the few PTX instructions that qkernels uses are carried out as the PTX ISA defines them.
+garbage without a word, and float32 to bfloat16 truncates. Inline assembly raises, fused multiply-adds round twice, and
+reducing by a function of one's own takes one element at a time. Here bfloat16 goes through float32 with
+round-to-nearest-even, the few PTX instructions that qkernels uses are carried out as the PTX ISA defines them,
+multiply-adds round once, and reductions take whole arrays.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import triton.language as tl
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
+from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpreterBuilder,
+    ReduceOps,
+    TensorHandle,
+    _get_np_dtype,
+)
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +58,23 @@ def install() -> None:
     def get_bf16(self: Any, value: float) -> TensorHandle:
         return TensorHandle(f32_to_bf16(np.array([value], np.float32)), tl.bfloat16)
 
+    def fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        assert z.dtype.scalar == tl.float32, "only float32 is used"
+        return TensorHandle(fma_f32(x.data, y.data, z.data), tl.float32)
+
+    original_reduce = ReduceOps.generic_reduce
+
+    def reduce(self: Any, inputs: tuple[Any, ...]) -> Any:
+        """By halves, as a GPU does, where a power of two is reduced."""
+        if len(inputs) > 1 or self.axis is None or self.keep_dims:
+            return original_reduce(self, inputs)
+        (value,) = inputs
+        data, size = np.moveaxis(value.handle.data, self.axis, 0), value.shape[self.axis]
+        while (size := size // 2) > 0:
+            data = self.combine_fn.fn(*(self.to_tensor(half, value.dtype) for half in (data[:size], data[size:])))
+            data = data.handle.data
+        return [self.to_tensor(data[0], value.dtype)]
+
     original_run = GridExecutor.__call__
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +87,9 @@ def install() -> None:
     InterpreterBuilder.binary_op = binary
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.create_fp_to_fp = fp_to_fp
+    InterpreterBuilder.create_fma = fma
     InterpreterBuilder.create_inline_asm = _inline_asm
+    ReduceOps.generic_reduce = reduce
 
 
 def bf16_to_f32(bits: Array) -> Array:
@@ -74,6 +101,19 @@ def f32_to_bf16(value: Array) -> Array:
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(value), np.uint16(0x7FC0), rounded)
+
+
+def fma_f32(x: Array, y: Array, z: Array) -> Array:
+    """x * y + z of float32, rounded once: the sum is rounded to odd in float64, which has bits to spare."""
+    product = x.astype(np.float64) * y.astype(np.float64)  # exact
+    z = z.astype(np.float64)
+    total = np.asarray(product + z)
+    part = total - product
+    missing = (product - (total - part)) + (z - part)  # exact, if finite: product + z = total + missing
+    bits = total.view(np.int64)
+    inexact = np.isfinite(total) & (missing != 0) & (bits & 1 == 0)
+    step = np.where((missing > 0) == (total > 0), 1, -1)
+    return (bits + np.where(inexact, step, 0)).view(np.float64).astype(np.float32)
 
 
 class _Results:

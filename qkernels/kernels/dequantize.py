@@ -11,8 +11,6 @@ Numerics  float32 arithmetic without fused multiply-add, one rounding to w's dty
 Oracle    qkernels.reference.dequantize      Tuning  qkernels.tuning.choose
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from qkernels import packing
 from qkernels.kernels.launch import group_strides, has_ptx, on_device, program_of
 from qkernels.kernels.unpack import (
     block_slots,
+    chunk_slots,
     code_float,
     lane_bits,
     load_codes,
@@ -32,12 +31,6 @@ from qkernels.kernels.unpack import (
 )
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import DequantizeConfig
-
-
-@triton.constexpr_function
-def _chunk_slots(SLOTS, GROUP):
-    """The longest run of slots that divides a block and never crosses a group; GROUP 0 is one group for all of K."""
-    return math.gcd(SLOTS, GROUP // 16)
 
 
 @triton.jit
@@ -95,7 +88,7 @@ def _dequantize_blocks(
 ):
     """BLOCKS whole blocks of each of BLOCK_N rows."""
     SLOTS: tl.constexpr = block_slots(BITS)
-    CHUNK: tl.constexpr = _chunk_slots(SLOTS, GROUP)
+    CHUNK: tl.constexpr = chunk_slots(SLOTS, GROUP)
     line = tl.arange(0, BLOCK_N * BLOCKS)[:, None]
     block = first + line % BLOCKS
     n = n_start + line // BLOCKS

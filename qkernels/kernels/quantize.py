@@ -19,148 +19,190 @@ from torch import Tensor
 
 from qkernels import packing
 from qkernels.kernels.launch import group_strides, on_device, program_of
-from qkernels.kernels.unpack import lane_bits, plane_bits, plane_count, plane_shift
+from qkernels.kernels.rounding import in_range, quotient, reciprocal_of, round_half_even, round_toward, scale_of
+from qkernels.kernels.unpack import chunk_slots, lane_bits, plane_bits, plane_count, plane_shift
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import QuantizeConfig
 
 
 @triton.jit
-def _round_half_even(x):
-    """rint of |x| <= 2**22: past 1.5 * 2**23 a float32 has no room for a fraction."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _round_toward(
-    value,  # float32
-    dtype: tl.constexpr,
-    UP: tl.constexpr,
+def _base(
+    zero,  # float32: zeros, or anything where there are none
+    BITS: tl.constexpr,
+    VALUE_MAP: tl.constexpr,
 ):
-    """float32 value of the nearest number in dtype that is not below (UP), or not above, value."""
-    if dtype == tl.float32:
-        return value
-    elif dtype == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        away = ((bits & 0xFFFF) != 0) & ((bits >= 0) if UP else (bits < 0))
-        return ((bits & -0x10000) + tl.where(away, 0x10000, 0)).to(tl.float32, bitcast=True)
+    """1.5 * 2**23 - zero, exact float32: what _level gives for code 0. As bits, code + _base is a sum of integers."""
+    if VALUE_MAP == "affine":
+        return 12582912.0 - zero
+    elif VALUE_MAP == "symmetric":
+        return tl.full(zero.shape, 12582912.0 - 2 ** (BITS - 1), tl.float32)
     else:
-        near = value.to(tl.float16)
-        bits = near.to(tl.int16, bitcast=True)
-        missed = (near.to(tl.float32) < value) if UP else (near.to(tl.float32) > value)
-        # One step of the bit pattern is one place: away from zero if +1.
-        step = tl.where((bits >= 0) if UP else (bits < 0), 1, -1)
-        return (bits + tl.where(missed, step, 0)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.constexpr_function
-def _smallest_positive_bits(dtype):
-    """Smallest positive number of dtype, as the bits of a float32."""
-    return {"fp16": (127 - 24) << 23, "bf16": 1 << 16, "fp32": 1}[str(dtype)]
+        return tl.full(zero.shape, 12582912.0, tl.float32)
 
 
 @triton.jit
-def _scale_and_zero(
-    low,  # float32: range of each group
-    high,
+def _level(
+    w,  # float32
+    factor,  # float32, broadcastable to w, as are all below: in_range of the scale
+    divisor,  # scale * factor
+    reciprocal,
+    zero,
+    base,
     dtype: tl.constexpr,  # of the scales
     BITS: tl.constexpr,
     VALUE_MAP: tl.constexpr,
+    BOUNDED: tl.constexpr,  # whether scale and zero were found from the range of w
 ):
-    """(scale, zero or offset), float32: what reference.scale_and_zero does."""
-    CODE_MAX: tl.constexpr = 2**BITS - 1
-    STEPS: tl.constexpr = 2 ** (BITS - 1) - 1 if VALUE_MAP == "symmetric" else CODE_MAX
-    if VALUE_MAP == "symmetric":
-        high = tl.maximum(-low, high)
-        low = tl.zeros_like(high)
-    elif VALUE_MAP == "affine":
-        low = tl.minimum(low, 0.0)
-        high = tl.maximum(high, 0.0)
-    else:
-        low = _round_toward(low, dtype, False)
-    # Halves, because high - low may overflow.
-    exact = tl.div_rn(high * 0.5 - low * 0.5, tl.full(low.shape, STEPS, tl.float32)) * 2.0
-    smallest = tl.full((1,), _smallest_positive_bits(dtype), tl.int32).to(tl.float32, bitcast=True)
-    scale = tl.where(high > low, tl.maximum(_round_toward(exact, dtype, True), smallest), 1.0)
-    if VALUE_MAP == "affine":
-        zero = tl.minimum(tl.maximum(_round_half_even(tl.div_rn(-low, scale)), 0.0), CODE_MAX)
-        return scale, zero
-    else:
-        return scale, low
-
-
-@triton.jit
-def _encode(
-    w,  # float32
-    scale,  # float32, broadcastable to w, as is zero
-    zero,
-    BITS: tl.constexpr,
-    VALUE_MAP: tl.constexpr,
-):
-    """Nearest codes, int32: what reference.encode does."""
+    """The nearest code (what reference.encode does) + base, as float32 that has room for no fraction."""
     CODE_MIN: tl.constexpr = 1 if VALUE_MAP == "symmetric" else 0
     CODE_MAX: tl.constexpr = 2**BITS - 1
     if VALUE_MAP == "offset":
-        w -= zero
-    step = tl.minimum(tl.maximum(tl.div_rn(w, scale), -1024.0), 1024.0)  # so that rounding is exact
-    level = _round_half_even(step)
-    if VALUE_MAP == "symmetric":
-        level += 2 ** (BITS - 1)
-    elif VALUE_MAP == "affine":
-        level += zero
-    return tl.minimum(tl.maximum(level, CODE_MIN), CODE_MAX).to(tl.int32)
+        w -= zero  # which may overflow where the offset is no float16
+    bounded: tl.constexpr = BOUNDED and (VALUE_MAP != "offset" or dtype == tl.float16)
+    if dtype != tl.float16:
+        w *= factor
+    if not bounded:
+        w = tl.minimum(tl.maximum(w, -1024.0 * divisor), 1024.0 * divisor)  # so that rounding is exact
+    level = quotient(w, divisor, reciprocal, dtype != tl.float32) + 12582912.0
+    # Scales that were rounded up, by more than float32 rounds, leave no code out of range, but that the fractions of
+    # an affine group's lowest and highest weight may both have been rounded away from zero.
+    if not bounded or dtype == tl.float32:
+        level = tl.maximum(level, base + CODE_MIN)
+    if not bounded or dtype == tl.float32 or VALUE_MAP == "affine":
+        level = tl.minimum(level, base + CODE_MAX)
+    return level
+
+
+@triton.constexpr_function
+def _smaller(a, b):
+    return min(a, b)
 
 
 @triton.jit
-def _store_plane(
-    plane_ptr,  # (BLOCK_N, 1, 1) int32 pointers to the start of a plane of each row
-    field,  # (BLOCK_N, TILE) int32
-    k_start,
-    n_mask,
-    K,
-    bits: tl.constexpr,  # of the plane
-    BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,
+def _lower(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _higher(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _over_group(
+    bound,  # (lines, 16) float32
+    HIGHEST: tl.constexpr,  # or lowest
+    LINES: tl.constexpr,  # neighbouring lines that share a group
 ):
-    slots: tl.constexpr = lane_bits(bits) // bits
-    blocks: tl.constexpr = TILE // (16 * slots)
-    lane_bytes: tl.constexpr = lane_bits(bits) // 8
-    place = (tl.arange(0, slots) * bits)[None, None, :, None]
-    # The fields of a word do not overlap, so their sum is the word.
-    word = tl.sum(tl.reshape(field, (BLOCK_N, blocks, slots, 16)) << place, axis=2)  # (BLOCK_N, blocks, 16)
-
-    lane = tl.arange(0, 16)[None, None, :]
-    block = k_start // (16 * slots) + tl.arange(0, blocks)[None, :, None]
-    last_bytes = tl.cdiv(K * bits, 128) - block * lane_bytes  # that a lane of this block needs, if below lane_bytes
-    mask = n_mask[:, None, None]
-    if lane_bits(bits) == 32:
-        tl.store(plane_ptr + block * 16 + lane, word, mask=mask & (last_bytes >= lane_bytes))
-    else:
-        short_ptr = plane_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-        tl.store(short_ptr + block * 16 + lane, word.to(tl.int16), mask=mask & (last_bytes >= lane_bytes))
-    if k_start + TILE > K:
-        byte_ptr = plane_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-        byte_ptr += block * (16 * lane_bytes) + lane * last_bytes
-        for i in tl.static_range(lane_bytes - 1):
-            byte = ((word >> (8 * i)) & 255).to(tl.uint8)
-            tl.store(byte_ptr + i, byte, mask=mask & (last_bytes < lane_bytes) & (i < last_bytes))
+    """The highest or lowest of each line's group, (lines,); NaN where there is one."""
+    bound = tl.reduce(bound, 1, _higher) if HIGHEST else tl.reduce(bound, 1, _lower)
+    if LINES > 1:
+        groups: tl.constexpr = bound.shape[0] // LINES
+        bound = tl.reshape(bound, (groups, LINES))
+        bound = tl.reduce(bound, 1, _higher) if HIGHEST else tl.reduce(bound, 1, _lower)
+        bound = tl.reshape(tl.broadcast_to(bound[:, None], (groups, LINES)), (groups * LINES,))
+    return bound
 
 
 @triton.jit
-def _store_packed(
-    row_ptr,  # (BLOCK_N,) int32 pointers to the first word of each row
-    code,  # (BLOCK_N, TILE) int32, zero past K
-    k_start,  # a multiple of TILE
-    n_mask,
+def _load_line(
+    w_row,  # (lines, 16) pointers to the first slot
+    k,  # (lines, 16) k of the first slot
     K,
+    mask,  # (lines, 1)
+    SLOTS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+):
+    """A tuple of the slots of a line, (lines, 16) each, zero past K."""
+    w = ()
+    for t in tl.static_range(SLOTS):
+        w = w + (tl.load(w_row + 16 * t, mask=mask & (k + 16 * t < K) if HAS_TAIL else mask, other=0.0),)
+    return w
+
+
+@triton.jit
+def _pack(
+    word,  # int32: what the plane has of the slots before
+    bias,
+    level,  # (lines, 16) int32
+    base,  # (lines, 1) int32: codes are level - base
+    SLOT: tl.constexpr,
     BITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,  # along K: whole blocks of every plane
+    PLANE: tl.constexpr,
 ):
-    plane_ptr = row_ptr[:, None, None]
+    """(word, bias) with a slot more: the packed word is word - bias. A slot that comes first in a word begins it."""
+    bits: tl.constexpr = plane_bits(BITS, PLANE)
+    place: tl.constexpr = bits * SLOT % lane_bits(bits)
+    if plane_count(BITS) == 1:
+        # Codes do not overlap, so their sum is the word. The bases are taken away all at once.
+        field = level << place
+        base = base << place
+    else:
+        field = (((level - base) >> plane_shift(BITS, PLANE)) & (2**bits - 1)) << place
+        base = tl.zeros((1, 1), tl.int32)
+    if place == 0:
+        return field, base
+    else:
+        return word + field if plane_count(BITS) == 1 else word | field, bias + base
+
+
+@triton.jit
+def _store_words(
+    row_ptr,  # (lines, 1) int32 pointers to the plane, in each row
+    word,  # (lines, 16) int32
+    line_of_row,  # (lines, 1) int32
+    K,
+    mask,  # (lines, 1)
+    SLOT: tl.constexpr,  # the last of the word
+    bits: tl.constexpr,  # of the plane
+    SLOTS: tl.constexpr,  # of a line
+    HAS_TAIL: tl.constexpr,
+):
+    slots: tl.constexpr = lane_bits(bits) // bits  # of a word
+    index = line_of_row * (SLOTS // slots) + SLOT // slots  # of the word, in its lane, from the start of the row
+    lane_bytes: tl.constexpr = lane_bits(bits) // 8
+    lane = tl.arange(0, 16)[None, :]
+    whole = mask
+    if HAS_TAIL:
+        last_bytes = tl.cdiv(K * bits, 128) - index * lane_bytes  # that a lane needs here, if fewer
+        whole = mask & (last_bytes >= lane_bytes)
+    if lane_bits(bits) == 32:
+        tl.store(row_ptr + index * 16 + lane, word, mask=whole)
+    else:
+        tl.store(row_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + index * 16 + lane, word.to(tl.int16), mask=whole)
+    if HAS_TAIL:
+        byte_ptr = row_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + index * (16 * lane_bytes) + lane * last_bytes
+        for j in tl.static_range(lane_bytes - 1):
+            byte = ((word >> (8 * j)) & 255).to(tl.uint8)
+            tl.store(byte_ptr + j, byte, mask=mask & (last_bytes < lane_bytes) & (j < last_bytes))
+
+
+@triton.jit
+def _put_slot(
+    words,  # a tuple of each plane's word so far, (lines, 16) int32
+    biases,  # a tuple like it
+    row_ptr,  # (lines, 1) int32 pointers to the first word of each row
+    level,  # (lines, 16) int32
+    base,  # (lines, 1) int32: codes are level - base
+    line_of_row,  # (lines, 1) int32
+    K,
+    mask,  # (lines, 1)
+    SLOT: tl.constexpr,  # of a line: from the first to the last
+    BITS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+):
+    """(words, biases) with a slot more; words that are then whole are stored."""
+    new_words = ()
+    new_biases = ()
     for i in tl.static_range(plane_count(BITS)):
-        field = (code >> plane_shift(BITS, i)) & (2 ** plane_bits(BITS, i) - 1)
-        _store_plane(plane_ptr, field, k_start, n_mask, K, plane_bits(BITS, i), BLOCK_N, TILE)
-        plane_ptr += tl.cdiv(K * plane_bits(BITS, i), 128) * 4
+        word, bias = _pack(words[i], biases[i], level, base, SLOT, BITS, i)
+        if (SLOT + 1) * plane_bits(BITS, i) % lane_bits(plane_bits(BITS, i)) == 0:
+            _store_words(row_ptr, word - bias, line_of_row, K, mask, SLOT, plane_bits(BITS, i), SLOTS, HAS_TAIL)
+        row_ptr += tl.cdiv(K * plane_bits(BITS, i), 128) * 4
+        new_words = new_words + (word,)
+        new_biases = new_biases + (bias,)
+    return new_words, new_biases
 
 
 @triton.jit
@@ -172,47 +214,81 @@ def quantize_kernel(
     N,
     K,
     stride_w_n,  # in elements; the inner strides of w and packed are 1
-    stride_packed_n,
+    stride_packed_n16,  # of 16 bytes: every plane of a row is whole runs of 16 bytes
     stride_scale_g,
     stride_scale_n,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # weights along K that share a scale: a power of two
     VALUE_MAP: tl.constexpr,
+    HAS_TAIL: tl.constexpr,  # K is not a whole number of lines
     BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,  # along K: whole groups and whole blocks of every plane
+    LINES: tl.constexpr,  # of a row: whole groups
+    SLOTS: tl.constexpr,  # of a line: whole packed blocks
 ):
-    GROUPS: tl.constexpr = TILE // GROUP
+    CHUNK: tl.constexpr = _smaller(SLOTS, GROUP // 16)  # slots of a line that share a scale
     dtype = scale_ptr.dtype.element_ty
     n_block, k_block = program_of(N, BLOCK_N)
-    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_start = k_block * TILE
-    k = k_start + tl.arange(0, TILE)
-    n_mask = n < N
-    mask = n_mask[:, None] & (k < K)[None, :]
+    line = tl.arange(0, BLOCK_N * LINES)
+    n = n_block * BLOCK_N + line // LINES
+    line = k_block * LINES + line % LINES  # of its row
+    k_start = line * (16 * SLOTS)
+    mask = (n < N) & (k_start < K)
     n64 = n.to(tl.int64)  # n * stride overflows int32 on large weights
+    lane = tl.arange(0, 16)[None, :]
+    k = k_start[:, None] + lane
 
-    w = tl.load(w_ptr + (n64 * stride_w_n)[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    w = tl.reshape(w, (BLOCK_N, GROUPS, GROUP))
-    inside = tl.reshape(mask, (BLOCK_N, GROUPS, GROUP))
-    low = tl.min(tl.where(inside, w, float("inf")), axis=2)
-    high = tl.max(tl.where(inside, w, float("-inf")), axis=2)
-    outside = low > high  # groups past K
-    low = tl.where(outside, 0.0, low)
-    high = tl.where(outside, 0.0, high)
-    finite = tl.min((tl.abs(w) < float("inf")).to(tl.int32), axis=2)
-    scale, zero = _scale_and_zero(low, high, dtype, BITS, VALUE_MAP)  # (BLOCK_N, GROUPS)
+    w = _load_line(w_ptr + (n64 * stride_w_n + k_start)[:, None] + lane, k, K, mask[:, None], SLOTS, HAS_TAIL)
+    packed_row = (packed_ptr + n64 * stride_packed_n16 * 4)[:, None]
+    zeros = tl.zeros((1, 1), tl.int32)
+    words = (zeros, zeros, zeros)
+    biases = words
+    for c in tl.static_range(0, SLOTS, CHUNK):
+        # Zero is in every range but that of an offset.
+        low = tl.full((1, 1), float("inf") if VALUE_MAP == "offset" else 0.0, tl.float32)
+        high = -low
+        for t in tl.static_range(c, c + CHUNK):
+            slot = w[t].to(tl.float32)
+            if VALUE_MAP == "symmetric":
+                high = _higher(high, tl.abs(slot))
+            elif HAS_TAIL and VALUE_MAP == "offset":
+                low = _lower(low, tl.where(k + 16 * t < K, slot, float("inf")))
+                high = _higher(high, tl.where(k + 16 * t < K, slot, float("-inf")))
+            else:
+                low = _lower(low, slot)
+                high = _higher(high, slot)
+        high = _over_group(high, True, GROUP // (16 * CHUNK))
+        low = tl.zeros_like(high) if VALUE_MAP == "symmetric" else _over_group(low, False, GROUP // (16 * CHUNK))
+        finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))
+        if VALUE_MAP == "offset":
+            low = round_toward(low, dtype, False)
+        scale = scale_of(low, high, dtype, 2 ** (BITS - 1) - 1 if VALUE_MAP == "symmetric" else 2**BITS - 1)
+        factor = in_range(scale, dtype)
+        divisor = scale * factor
+        reciprocal = reciprocal_of(divisor, dtype != tl.float32)
+        zero = low
+        if VALUE_MAP == "affine":
+            zero = round_half_even(quotient(-low * factor, divisor, reciprocal, dtype != tl.float32))
+            zero = tl.minimum(tl.maximum(zero, 0.0), 2**BITS - 1)
 
-    group = k_start // GROUP + tl.arange(0, GROUPS)
-    group_mask = n_mask[:, None] & (group * GROUP < K)[None, :]
-    group_offset = group.to(tl.int64)[None, :] * stride_scale_g + (n64 * stride_scale_n)[:, None]
-    tl.store(scale_ptr + group_offset, tl.where(finite == 1, scale, float("nan")).to(dtype), mask=group_mask)
-    if VALUE_MAP != "symmetric":
-        tl.store(zero_ptr + group_offset, zero.to(zero_ptr.dtype.element_ty), mask=group_mask)
+        first_k = k_start + 16 * c
+        group_mask = mask & (first_k % GROUP == 0) & (first_k < K)
+        group_offset = (first_k // GROUP).to(tl.int64) * stride_scale_g + n64 * stride_scale_n
+        tl.store(scale_ptr + group_offset, tl.where(finite, scale, float("nan")).to(dtype), mask=group_mask)
+        if VALUE_MAP != "symmetric":
+            tl.store(zero_ptr + group_offset, zero.to(zero_ptr.dtype.element_ty), mask=group_mask)
 
-    code = _encode(w, scale[:, :, None], zero[:, :, None], BITS, VALUE_MAP)
-    code = tl.reshape(tl.where(inside, code, 0), (BLOCK_N, TILE))
-    packed_row = packed_ptr + n64 * stride_packed_n
-    _store_packed(packed_row, code, k_start, n_mask, K, BITS, BLOCK_N, TILE)
+        base = _base(zero, BITS, VALUE_MAP)
+        base_bits = base.to(tl.int32, bitcast=True)[:, None]
+        for t in tl.static_range(c, c + CHUNK):
+            level = _level(
+                w[t].to(tl.float32), factor[:, None], divisor[:, None], reciprocal[:, None], zero[:, None],
+                base[:, None], dtype, BITS, VALUE_MAP, True,
+            ).to(tl.int32, bitcast=True)  # fmt: skip
+            if HAS_TAIL:
+                level = tl.where(k + 16 * t < K, level, base_bits)
+            words, biases = _put_slot(
+                words, biases, packed_row, level, base_bits, line[:, None], K, mask[:, None], t, BITS, SLOTS, HAS_TAIL
+            )
 
 
 @triton.jit
@@ -223,34 +299,61 @@ def encode_kernel(
     zero_ptr,  # (groups, N): uint8 zeros, floating offsets, or unused
     N,
     K,
-    group_length,  # weights along K that share a scale: any
     stride_w_n,  # in elements; the inner strides of w and packed are 1
-    stride_packed_n,
+    stride_packed_n16,  # of 16 bytes: every plane of a row is whole runs of 16 bytes
     stride_scale_g,
     stride_scale_n,
     BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # weights along K that share a scale; 0 where all of K does
     VALUE_MAP: tl.constexpr,
+    HAS_TAIL: tl.constexpr,  # K is not a whole number of lines
     BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,  # along K: whole blocks of every plane
+    LINES: tl.constexpr,  # of a row
+    SLOTS: tl.constexpr,  # of a line: whole packed blocks
 ):
     """Codes for scales and zeros that are already there: for groups that do not fit a tile."""
+    CHUNK: tl.constexpr = chunk_slots(SLOTS, GROUP)
+    dtype = scale_ptr.dtype.element_ty
     n_block, k_block = program_of(N, BLOCK_N)
-    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_start = k_block * TILE
-    k = k_start + tl.arange(0, TILE)
-    n_mask = n < N
-    mask = n_mask[:, None] & (k < K)[None, :]
+    line = tl.arange(0, BLOCK_N * LINES)
+    n = n_block * BLOCK_N + line // LINES
+    line = k_block * LINES + line % LINES  # of its row
+    k_start = line * (16 * SLOTS)
+    mask = (n < N) & (k_start < K)
     n64 = n.to(tl.int64)
+    lane = tl.arange(0, 16)[None, :]
+    k = k_start[:, None] + lane
 
-    w = tl.load(w_ptr + (n64 * stride_w_n)[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    group_offset = (k // group_length).to(tl.int64)[None, :] * stride_scale_g + (n64 * stride_scale_n)[:, None]
-    scale = tl.load(scale_ptr + group_offset, mask=mask, other=1.0).to(tl.float32)
-    zero = scale
-    if VALUE_MAP != "symmetric":
-        zero = tl.load(zero_ptr + group_offset, mask=mask, other=0).to(tl.float32)
-    code = tl.where(mask, _encode(w, scale, zero, BITS, VALUE_MAP), 0)
-    packed_row = packed_ptr + n64 * stride_packed_n
-    _store_packed(packed_row, code, k_start, n_mask, K, BITS, BLOCK_N, TILE)
+    w = _load_line(w_ptr + (n64 * stride_w_n + k_start)[:, None] + lane, k, K, mask[:, None], SLOTS, HAS_TAIL)
+    packed_row = (packed_ptr + n64 * stride_packed_n16 * 4)[:, None]
+    zeros = tl.zeros((1, 1), tl.int32)
+    words = (zeros, zeros, zeros)
+    biases = words
+    for c in tl.static_range(0, SLOTS, CHUNK):
+        first_k = k_start + 16 * c
+        group_offset = n64 * stride_scale_n
+        if GROUP != 0:
+            group_offset += (first_k // GROUP).to(tl.int64) * stride_scale_g
+        group_mask = mask & (first_k < K)
+        scale = tl.load(scale_ptr + group_offset, mask=group_mask, other=1.0).to(tl.float32)
+        zero = scale
+        if VALUE_MAP != "symmetric":
+            zero = tl.load(zero_ptr + group_offset, mask=group_mask, other=0).to(tl.float32)
+        factor = in_range(scale, dtype)
+        divisor = scale * factor
+        reciprocal = reciprocal_of(divisor, dtype != tl.float32)
+        base = _base(zero, BITS, VALUE_MAP)
+        base_bits = base.to(tl.int32, bitcast=True)[:, None]
+        for t in tl.static_range(c, c + CHUNK):
+            level = _level(
+                w[t].to(tl.float32), factor[:, None], divisor[:, None], reciprocal[:, None], zero[:, None],
+                base[:, None], dtype, BITS, VALUE_MAP, False,
+            ).to(tl.int32, bitcast=True)  # fmt: skip
+            if HAS_TAIL:
+                level = tl.where(k + 16 * t < K, level, base_bits)
+            words, biases = _put_slot(
+                words, biases, packed_row, level, base_bits, line[:, None], K, mask[:, None], t, BITS, SLOTS, HAS_TAIL
+            )
 
 
 def quantize(w: Tensor, scheme: Scheme, config: QuantizeConfig) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -264,8 +367,9 @@ def quantize(w: Tensor, scheme: Scheme, config: QuantizeConfig) -> tuple[Tensor,
         quantize_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.tile),)](
             w, packed, scale, scale if zero is None else zero,
             N, K,
-            w.stride(0), packed.stride(0), *group_strides(scale),
-            BITS=scheme.bits, GROUP=group, VALUE_MAP=scheme.value_map, BLOCK_N=config.block_n, TILE=config.tile,
+            w.stride(0), packed.stride(0) // 4, *group_strides(scale),
+            BITS=scheme.bits, GROUP=group, VALUE_MAP=scheme.value_map, HAS_TAIL=K % config.line != 0,
+            BLOCK_N=config.block_n, LINES=config.tile // config.line, SLOTS=config.line // 16,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return packed, scale, zero
@@ -278,9 +382,11 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, config
     with on_device(w):
         encode_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.tile),)](
             w, packed, scale, scale if zero is None else zero,
-            N, K, scheme.group_length(K),
-            w.stride(0), packed.stride(0), *group_strides(scale),
-            BITS=scheme.bits, VALUE_MAP=scheme.value_map, BLOCK_N=config.block_n, TILE=config.tile,
+            N, K,
+            w.stride(0), packed.stride(0) // 4, *group_strides(scale),
+            BITS=scheme.bits, GROUP=0 if scale.shape[0] == 1 else scheme.group_length(K), VALUE_MAP=scheme.value_map,
+            HAS_TAIL=K % config.line != 0,
+            BLOCK_N=config.block_n, LINES=config.tile // config.line, SLOTS=config.line // 16,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return packed

@@ -369,3 +369,9 @@ def _and_or_asm(mask, bits):
 def _moved(word, up: tl.constexpr):
     """word, shifted up by so many bits, or down."""
     return word << up if up >= 0 else word >> -up
+
+
+@triton.constexpr_function
+def chunk_slots(SLOTS, GROUP):
+    """The longest run of slots that divides a block and never crosses a group; GROUP 0 is one group for all of K."""
+    return math.gcd(SLOTS, GROUP // 16)

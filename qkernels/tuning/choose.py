@@ -36,11 +36,16 @@ def group_fits_tile(scheme: Scheme, in_features: int) -> bool:
 
 
 def quantize(scheme: Scheme, in_features: int) -> QuantizeConfig:
-    """For the kernels of quantize.py: about 4096 weights for each program."""
-    tile = block_columns(scheme.bits)
+    """For the kernels of quantize.py: 64 weights for each thread of a program, in registers."""
+    line = max(128, block_columns(scheme.bits))
+    tile = max(line, min(4 * line, _power_of_two(in_features)))
+    lines = 64
     if group_fits_tile(scheme, in_features):
-        tile = max(tile, _power_of_two(scheme.group_length(in_features)))
-    return QuantizeConfig(block_n=max(1, 4096 // tile), tile=tile, num_warps=4)
+        group = _power_of_two(scheme.group_length(in_features))
+        tile = max(tile, group)
+        if group > 128 < line:
+            lines = 32
+    return QuantizeConfig(block_n=max(1, lines * line // tile), line=line, tile=tile, num_warps=4)
 
 
 def dequantize() -> DequantizeConfig:

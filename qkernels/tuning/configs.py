@@ -11,7 +11,8 @@ class QuantizeConfig:
     """Of quantize_kernel and encode_kernel."""
 
     block_n: int
-    tile: int  # along K: whole blocks of every plane and, in quantize_kernel, whole groups
+    line: int  # along K, of one line of a tile, which at most two threads share: whole blocks of every plane
+    tile: int  # along K: whole lines and, in quantize_kernel, whole groups
     num_warps: int
 
 
