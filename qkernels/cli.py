@@ -1,4 +1,4 @@
-"""The command line: demo, quantize, inspect."""
+"""The command line: demo, quantize, inspect, tune."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import importlib.metadata
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="list what a file that qkernels wrote holds, and check it")
     inspect.add_argument("file", type=pathlib.Path)
     inspect.set_defaults(run=_inspect)
+
+    tune = commands.add_parser(
+        "tune",
+        help="find the fastest configurations on this GPU, and keep them",
+        description="Time configurations of the matmul kernel on this machine's GPU, each proved exact first, and "
+        "write the best to a table that every later product on such a GPU looks into.",
+    )
+    tune.add_argument("--models", nargs="+", metavar="NAME", help="whose layers (default Llama-3-8B, if no --shapes)")
+    tune.add_argument("--shapes", nargs="+", metavar="NxK", default=[], help="of weights, such as 4096x14336")
+    tune.add_argument("--schemes", nargs="+", default=["w4g128"], metavar="SCHEME", help="default: w4g128")
+    tune.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16"], help="of x; default bfloat16"
+    )
+    tune.add_argument("--tokens", nargs="+", type=positive_int, metavar="M", help="default: powers of two up to 1024")
+    tune.add_argument("--minutes", type=float, default=30, help="begin no new problem after; default 30")
+    tune.add_argument("--out", type=pathlib.Path, metavar="FILE", help="the table (default: the one that is looked into)")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -151,6 +169,26 @@ def _inspect(options: argparse.Namespace) -> None:
     columns = ("tensor", "scheme or dtype", "shape", "size", "bits/weight")
     title = f"{options.file}: {len(tensors)} tensors, {tables.size(total)}, every field checked"
     print(tables.text(title, columns, rows, text_columns=2))
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from qkernels import tune
+    from qkernels.tuning.problems import MODELS
+
+    shapes = [_shape(text) for text in options.shapes]
+    for name in options.models or ([] if shapes else ["Llama-3-8B"]):
+        if name not in MODELS:
+            raise ValueError(f"--models {name!r} is not one of {', '.join(MODELS)}")
+        shapes += [(layer.N, layer.K) for layer in MODELS[name]]
+    wanted = tune.problems(shapes, options.schemes, options.dtypes, options.tokens or tune.TOKENS)
+    tune.run(list(wanted), options.out, options.minutes * 60, print)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if not match:
+        raise ValueError(f"--shapes takes NxK, such as 4096x14336, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from qkernels import packing, reference
 from qkernels.checks import DTYPES, check_activation, check_dequantize, check_quantize, check_weight
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.tuning import choose
-from qkernels.tuning.configs import DenseConfig
+from qkernels.tuning.configs import DenseConfig, MatmulConfig
 
 _library = torch.library.Library("qkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -151,26 +151,27 @@ def _matmul_cuda(
     packed, scale, zero = packed.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
     bias = None if bias is None else bias.contiguous()
     config = choose.matmul_on(tokens.shape[0], out_features, in_features, scheme, x.dtype, x.get_device())
-    if isinstance(config, DenseConfig):
-        y = _dense_matmul(tokens, packed, scale, zero, bias, parsed, config)
-    else:
-        from qkernels.kernels import matmul as kernel
-
-        y = kernel.matmul(tokens, packed, scale, zero, bias, parsed, config)
+    y = multiply(tokens, packed, scale, zero, bias, parsed, config)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _dense_matmul(
+def multiply(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
     scheme: Scheme,
-    config: DenseConfig,
+    config: MatmulConfig | DenseConfig,
 ) -> Tensor:
-    """x (M, K): some rows of the weight at a time, dequantized to x's dtype, by torch's own product."""
-    from qkernels.kernels import dequantize as kernel
+    """y (M, N) as a configuration says, unchecked: x (M, K) with inner stride 1, the others contiguous, none empty."""
+    if isinstance(config, MatmulConfig):
+        from qkernels.kernels import matmul
+
+        return matmul.matmul(x, packed, scale, zero, bias, scheme, config)
+
+    # Some rows of the weight at a time, dequantized to x's dtype into one workspace, by torch's own product.
+    from qkernels.kernels import dequantize
 
     in_features, out_features = x.shape[1], packed.shape[0]
     bias = None if bias is None else bias.to(x.dtype)
@@ -181,7 +182,9 @@ def _dense_matmul(
         w = workspace[: rows.stop - rows.start]
         row_scale = scale if scale.shape[1] == 1 else scale[:, rows]
         row_zero = zero if zero is None or zero.shape[1] == 1 else zero[:, rows]
-        kernel.dequantize(packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(), out=w)
+        dequantize.dequantize(
+            packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(), out=w
+        )
         if bias is None:
             torch.mm(x, w.T, out=y[:, rows])
         else:

@@ -29,6 +29,7 @@ FLOORS = {
     "qkernels.model": 6,
     "qkernels.checkpoint": 6,
     "qkernels.plots": 7,
+    "qkernels.tune": 7,
     "qkernels.demo": 7,
     "qkernels.cli": 7,
     "qkernels": 8,  # __init__ hands out what users need
