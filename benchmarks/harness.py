@@ -264,11 +264,15 @@ def measure(
         else:
             sets.drop(provider)
     few = max(5, replays // 3)
-    timings = {
-        "cold": timing.cold(calls, replays),
-        "warm": timing.warm({name: ready[0] for name, ready in calls.items()}, few),
-        "eager": timing.eager(calls, few),
-    }
+    try:
+        timings = {
+            "cold": timing.cold(calls, replays),
+            "warm": timing.warm({name: ready[0] for name, ready in calls.items()}, few),
+            "eager": timing.eager(calls, few),
+        }
+    except torch.cuda.OutOfMemoryError as error:  # each fits alone, all graphs together do not: go on with the others
+        failed = {"failed": f"with all providers at once: {type(error).__name__}: {error}"[:500]}
+        return {**dataclasses.asdict(problem), "providers": entries | dict.fromkeys(calls, failed)}
     for name in calls:
         entries[name] |= {kind: dataclasses.asdict(found[name]) for kind, found in timings.items()}
         moved, operations = entries[name]["moved_bytes"], 2 * problem.M * problem.N * problem.K

@@ -292,6 +292,17 @@ def test_a_time_below_the_floor_is_refused(gpu: FakeGpu) -> None:
     assert harness.judge(9.8, 10.0, 10.0) == {"eta": pytest.approx(1.02, abs=0.01)}  # within what ceilings are known to
 
 
+def test_too_little_memory_for_all_at_once(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cold(*args: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(timing, "cold", cold)
+    chosen = [PROVIDERS["cublas"], PROVIDERS["int8"]]
+    entries = harness.measure(SMALL, chosen, CEILINGS, harness.WeightSets())["providers"]
+    assert entries["cublas"] == {"failed": "with all providers at once: OutOfMemoryError: no room"}
+    assert entries["int8"] == {"skipped": "w8cs only"}
+
+
 def test_no_speed_up_over_a_refused_baseline() -> None:
     good: dict[str, Any] = {"cold": {"median_us": 2.0}, "eta": 0.5}
     entries = {"cublas": {"cold": {"median_us": 1.0}, "contaminated": "x"}, "qkernels": dict(good)}
@@ -323,6 +334,13 @@ def test_weight_sets_are_kept_for_the_same_weight_only() -> None:
 
 # ---- providers ----
 
+
+def _represents(prepared: providers.Prepared, problem: Problem, seed: int, device: str) -> bool:
+    """Whether a provider's weight is the float weight, but for rounding: a check of its own product cannot tell."""
+    w = providers.float_weight(problem, seed, device).float()
+    return float((prepared.weight() - w).norm() / w.norm()) < 2.0 ** (3 - problem.parsed.bits)
+
+
 ON_CPU = ("cublas", "qkernels", "qkernels-dequantize", "tinygemm", "int8")
 
 
@@ -336,6 +354,7 @@ def test_every_provider_that_runs_on_a_cpu_is_right() -> None:
                     prepared = PROVIDERS[name].prepare(problem, 1, "cpu")
                     x = providers.activations(problem, "cpu")
                     assert providers.check(PROVIDERS[name], prepared, x) is None, (name, scheme, M)
+                    assert _represents(prepared, problem, 1, "cpu"), (name, scheme)
                     ran.add(name)
     assert ran == set(ON_CPU)
 
@@ -630,7 +649,9 @@ def test_the_readme_has_floors_until_there_is_a_result() -> None:
         readme.with_speed("nothing", None)
 
 
-def test_the_readme_has_the_newest_result(results: pathlib.Path) -> None:
+def test_the_readme_has_the_newest_result(
+    results: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     pictures = list(plot.draw(json.loads(results.read_text()), results))
     found = readme.with_speed(EMPTY, results)
     assert "No result file" not in found
@@ -640,6 +661,13 @@ def test_the_readme_has_the_newest_result(results: pathlib.Path) -> None:
     shown = [picture for picture in pictures if picture.name in found]
     assert len(shown) == 2
     assert all("w4g128" in picture.name for picture in shown)
+    (tmp_path / "README.md").write_text(f"<!-- demo:begin -->\n<!-- demo:end -->\n{EMPTY}")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "newest", lambda kind: results)
+    assert readme.main([]) == 0
+    written = (tmp_path / "README.md").read_text()
+    assert "NVIDIA Imaginary" in written
+    assert "| w8ts |" in written  # the demo's
 
 
 def test_the_readme_is_checked(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,6 +767,7 @@ def test_gpu_providers_are_right(name: str, scheme: str) -> None:
             if reason is None:
                 prepared = provider.prepare(problem, 2)
                 assert providers.check(provider, prepared, providers.activations(problem)) is None, M
+                assert _represents(prepared, problem, 2, "cuda"), M
             else:
                 reasons.append(reason)
     if len(reasons) == 4:
