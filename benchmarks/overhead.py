@@ -1,14 +1,17 @@
-"""What one call costs before any arithmetic: dispatch of the ops on a CPU, and the import of the package.
+"""What one call costs before any arithmetic: dispatch of the ops, the launch of a kernel, the import of the package.
 
     python -m benchmarks.overhead
 
-The implementation is replaced by one that returns a ready result, so what is left is the way to it and back: argument
-checks are part of an implementation and are timed apart. Times are of this machine; only their ratios carry over.
+For dispatch the implementation is replaced by one that returns a ready result, so what is left is the way to it and
+back: argument checks are part of an implementation and are timed apart. For launches a stand-in takes the place of
+Triton's driver: kernels are compiled for an H200 and everything is done but the driver's own launch, and memory for
+results comes from the CPU's allocator. Times are of this machine; only their ratios carry over.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -22,7 +25,9 @@ from unittest import mock
 import torch
 
 import qkernels
-from qkernels import checks, ops, tables
+from qkernels import checks, ops, packing, tables
+from qkernels.scheme import as_scheme
+from qkernels.tuning.configs import MatmulConfig
 
 
 def call_microseconds(call: Callable[[], Any], repeats: int = 15, number: int = 20_000) -> float:
@@ -59,6 +64,38 @@ def calls() -> dict[str, float]:
     return found
 
 
+def launches() -> dict[str, float]:
+    """{what: microseconds} of one token times a w4g128 weight, checks included, to the driver's launch."""
+    from benchmarks.compile_only import compile_only
+    from qkernels.kernels import matmul as kernel
+    from qkernels.tuning import choose
+
+    found = {}
+    N, K = 4096, 4096
+    x = torch.randn(1, K, dtype=torch.float16)
+    packed = torch.zeros(N, packing.packed_words(4, K), dtype=torch.int32)
+    scale, zero = torch.ones(K // 128, N, dtype=torch.float16), torch.zeros(K // 128, N, dtype=torch.uint8)
+    with compile_only(90, record=False), torch.inference_mode():
+        chosen = choose.matmul_on(1, N, K, "w4g128", x.dtype, x.get_device())
+        assert isinstance(chosen, MatmulConfig)
+        whole = dataclasses.replace(chosen, splits=1)
+        for what, config in (("one launch", whole), ("K split: two launches", chosen)):
+            with mock.patch.object(choose, "matmul_on", lambda *_, config=config: config):
+                found[f"matmul of one token, {what}"] = call_microseconds(
+                    lambda: ops._matmul_cuda(x, packed, scale, zero, None, "w4g128", K)
+                )
+        y = torch.empty(1, N, dtype=x.dtype)
+        dtypes = x.dtype, scale.dtype, zero.dtype, None
+        _, launch = kernel._prepare(1, N, K, K, *scale.shape, dtypes, as_scheme("w4g128"), whole)
+        tensors = x, packed, scale, zero, scale, y
+        found["one launch alone"] = call_microseconds(lambda: launch(*tensors))
+        jit = launch.kernel[(launch.programs,)]
+        found["one launch alone, as Triton does it"] = call_microseconds(
+            lambda: jit(*tensors, *launch.numbers, **launch.named), number=2_000
+        )
+    return found
+
+
 def import_milliseconds(repeats: int = 9) -> float:
     """Median time that `import qkernels` takes where torch is already imported, each in a new process."""
     code = "import time, torch; t = time.perf_counter(); import qkernels; print(time.perf_counter() - t)"
@@ -73,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=pathlib.Path, help="a file for the figures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    microseconds, milliseconds = calls(), import_milliseconds()
+    microseconds, milliseconds = calls() | launches(), import_milliseconds()
     rows = [(what, f"{value:.1f} us") for what, value in microseconds.items()]
     rows.append(("import qkernels, after torch", f"{milliseconds:.0f} ms"))
     print(tables.text("host time", ("call", "time"), rows))

@@ -110,10 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=pathlib.Path, help="result files of benchmarks.matmul")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="result files of benchmarks.matmul, or folders")
     options = parser.parse_args(arguments)
-    newest = harness.newest("matmul")
-    files = options.files or ([newest] if newest else [])
+    paths = options.files or [harness.RESULTS]
+    files = [file for path in paths if (file := harness.newest("matmul", path) if path.is_dir() else path)]
     drawn = 0
     for path in files:
         record = json.loads(path.read_text())

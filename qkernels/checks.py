@@ -88,7 +88,7 @@ def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features
         raise ValueError(f"x must be (..., K) with K = {in_features}, got {tuple(shape)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
-    if x.device != packed.device:
+    if x.get_device() != packed.get_device() or x.is_meta != packed.is_meta:
         raise ValueError(f"x is on {x.device} but packed is on {packed.device}")
     if bias is not None:
         if bias.shape != packed.shape[:1] or bias.dtype not in DTYPES:

@@ -142,7 +142,10 @@ def _matmul_cuda(
     parsed = check_weight(packed, scale, zero, scheme, in_features)
     check_activation(x, packed, bias, in_features)
     out_features = packed.shape[0]
-    tokens = x.reshape(-1, in_features) if in_features else x.new_empty((x.shape[:-1].numel(), 0))
+    if x.dim() == 2:  # as it is: host time counts
+        tokens = x
+    else:
+        tokens = x.reshape(-1, in_features) if in_features else x.new_empty((x.shape[:-1].numel(), 0))
     if tokens.shape[0] == 0 or out_features == 0 or in_features == 0:
         y = x.new_zeros((*x.shape[:-1], out_features))
         return y if bias is None else y + bias.to(x.dtype)
@@ -152,7 +155,7 @@ def _matmul_cuda(
     bias = None if bias is None else bias.contiguous()
     config = choose.matmul_on(tokens.shape[0], out_features, in_features, scheme, x.dtype, x.get_device())
     y = multiply(tokens, packed, scale, zero, bias, parsed, config)
-    return y.view(*x.shape[:-1], out_features)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def multiply(

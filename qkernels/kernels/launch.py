@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,62 +28,60 @@ def has_ptx() -> bool:
     return not triton.knobs.runtime.interpret and torch.version.hip is None
 
 
-class Launcher:
-    """Launches a kernel; once it is compiled, without Triton's own processing of arguments, which takes far longer.
+class Launch:
+    """One way to launch a kernel: with these numbers, constants and options, on tensors of always the same dtypes.
 
-    Which compiled kernel serves a call depends on everything that Triton specializes on: the GPU, dtypes, constants
-    and options, the numbers (1, multiples of 16, more than 32 bits), and whether pointers are multiples of 16. Numbers
-    are kept as they are: a few more entries, less to work out. Calls with misaligned pointers are left to Triton.
-
-    One dictionary, read and written in single steps: safe in threads. Work is queued on the current stream of the
-    tensors' GPU. Nothing is allocated or synchronized, so a launch can be captured in a CUDA graph.
+    Once it is compiled for a GPU, it goes without Triton's own processing of arguments, which takes far longer. All that
+    Triton specializes on is fixed here but the alignment of pointers: calls with a pointer that is no multiple of 16
+    are left to Triton. Work is queued on the current stream of the tensors' GPU; nothing is allocated or synchronized,
+    so a launch can be captured in a CUDA graph. Safe in threads: its one dictionary is read and written in single steps.
 
     Args:
         kernel: a function under triton.jit, whose parameters are tensors, then numbers, then constants.
-        constants: names of its constants, in order.
-        options: names of the compile options that a launch gives.
+        programs: how many.
+        numbers: in the kernel's order.
+        constants: by name, in the kernel's order.
+        options: such as num_warps, by name.
     """
 
-    def __init__(self, kernel: Any, constants: Sequence[str], options: Sequence[str] = ("num_warps",)):
-        self.kernel = kernel
-        self.names = (*constants, *options)
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+    def __init__(
+        self, kernel: Any, programs: int, numbers: tuple[int, ...], constants: dict[str, Any], options: dict[str, Any]
+    ):
+        self.kernel, self.programs, self.numbers = kernel, programs, numbers
+        self.named = constants | options
+        self.rest = (*numbers, *constants.values())
+        self.compiled: dict[int, Any] = {}  # by GPU
 
-    def __call__(
-        self,
-        programs: int,
-        tensors: tuple[Tensor, ...],
-        numbers: tuple[int, ...],
-        constants: tuple[Any, ...],
-        options: tuple[Any, ...],
-    ) -> None:
-        """Launch so many programs; constants and options in the order of their names."""
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch; tensors on one GPU, in the kernel's order."""
         if _INTERPRETED:
-            self.kernel[(programs,)](*tensors, *numbers, **dict(zip(self.names, constants + options)))
+            self.kernel[(self.programs,)](*tensors, *self.numbers, **self.named)
             return
         driver = _driver.active
-        device = tensors[0].get_device()
-        if tensors[0].is_cuda and driver.get_current_device() != device:
-            with torch.cuda.device(device):
-                self(programs, tensors, numbers, constants, options)
+        device = driver.get_current_device()
+        first = tensors[0]
+        if first.is_cuda and first.get_device() != device:  # Triton launches on the current device
+            with torch.cuda.device(first.device):
+                self(*tensors)
             return
         pointers = [t.data_ptr() for t in tensors]
-        either = 0
-        for pointer in pointers:
-            either |= pointer
-        key = (driver.get_current_device(), numbers, constants, options, *[t.dtype for t in tensors])
-        compiled = self.compiled.get(key)
-        if compiled is None or either % 16 or _enter_hooks.calls or _exit_hooks.calls:
-            compiled = self.kernel[(programs,)](*tensors, *numbers, **dict(zip(self.names, constants + options)))
-            if not either % 16:
-                if len(self.compiled) >= _MOST_COMPILED:
-                    self.compiled.clear()
-                self.compiled[key] = compiled
+        compiled = self.compiled.get(device)
+        if compiled is None or _misaligned(pointers) or _enter_hooks.calls or _exit_hooks.calls:
+            found = self.kernel[(self.programs,)](*tensors, *self.numbers, **self.named)
+            if not _misaligned(pointers):
+                self.compiled[device] = found
             return
         compiled.run(
-            programs, 1, 1, driver.get_current_stream(key[0]), compiled.function, compiled.packed_metadata,
-            None, None, None, *pointers, *numbers, *constants,
+            self.programs, 1, 1, driver.get_current_stream(device), compiled.function, compiled.packed_metadata,
+            None, None, None, *pointers, *self.rest,
         )  # fmt: skip
+
+
+def _misaligned(pointers: list[int]) -> int:
+    either = 0
+    for pointer in pointers:
+        either |= pointer
+    return either & 15
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -95,7 +92,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 _INTERPRETED = triton.knobs.runtime.interpret
 _enter_hooks = triton.knobs.runtime.launch_enter_hook  # of profilers, which want Triton's own launch
 _exit_hooks = triton.knobs.runtime.launch_exit_hook
-_MOST_COMPILED = 4096  # entries of a Launcher: every other number of tokens is one
 
 
 def group_strides(scale: Tensor) -> tuple[int, int]:

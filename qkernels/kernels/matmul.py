@@ -12,6 +12,7 @@ Numerics  code - zero is an exact integer in x's dtype, so products are exact an
 Oracle    qkernels.reference.matmul      Tuning  qkernels.tuning.choose
 """
 
+import functools
 import math
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import Launcher, group_strides, has_ptx, program_of
+from qkernels.kernels.launch import Launch, has_ptx, program_of
 from qkernels.kernels.reduce import reduce
 from qkernels.kernels.unpack import (
     block_slots,
@@ -211,13 +212,43 @@ def matmul_kernel(
     tl.store(y_row, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
 
 
-_launch_matmul = Launcher(
-    matmul_kernel,
-    constants=(
-        "BITS", "GROUP", "VALUE_MAP", "HAS_BIAS", "HAS_TAIL", "SPLIT", "SCALE_WEIGHTS", "PTX", "BLOCK_M", "BLOCK_N", "BLOCKS",
-    ),
-    options=("num_warps", "num_stages", "maxnreg"),
-)  # fmt: skip
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    M: int,
+    N: int,
+    K: int,
+    stride_x_m: int,
+    groups: int,
+    scale_columns: int,  # N, or 1 where all rows share a scale
+    dtypes: tuple[torch.dtype | None, ...],  # of x, scale, zero and bias
+    scheme: Scheme,
+    config: MatmulConfig,
+) -> tuple[int, Launch]:
+    """(splits of K, the launch): everything that only metadata decides, once for each kind of call."""
+    step = config.blocks * packing.block_columns(scheme.bits)
+    steps = K // step
+    split_steps = max(1, -(-steps // config.splits))
+    splits = max(1, -(-steps // split_steps))  # none is empty
+    numbers = (
+        M, N, K, split_steps, stride_x_m, packing.packed_words(scheme.bits, K),
+        scale_columns, 1 if scale_columns > 1 else 0,
+    )  # fmt: skip
+    constants = {
+        "BITS": scheme.bits,
+        "GROUP": 0 if groups == 1 else scheme.group_length(K),
+        "VALUE_MAP": scheme.value_map,
+        "HAS_BIAS": dtypes[3] is not None and splits == 1,
+        "HAS_TAIL": K % step != 0,
+        "SPLIT": splits > 1,
+        "SCALE_WEIGHTS": config.scale_weights,
+        "PTX": has_ptx() and dtypes[0] != torch.float32,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCKS": config.blocks,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
+    programs = -(-N // config.block_n) * -(-M // config.block_m) * splits
+    return splits, Launch(matmul_kernel, programs, numbers, constants, options)
 
 
 def matmul(
@@ -231,30 +262,9 @@ def matmul(
 ) -> Tensor:
     """Launch only: x (M, K) with inner stride 1, everything else contiguous, M, N and K at least 1."""
     (M, K), N = x.shape, packed.shape[0]
-    stride_scale_g, stride_scale_n = group_strides(scale)
-    step = config.blocks * packing.block_columns(scheme.bits)
-    steps = K // step
-    split_steps = max(1, -(-steps // config.splits))
-    splits = max(1, -(-steps // split_steps))  # none is empty
+    dtypes = x.dtype, scale.dtype, None if zero is None else zero.dtype, None if bias is None else bias.dtype
+    splits, launch = _prepare(M, N, K, x.stride(0), *scale.shape, dtypes, scheme, config)
     y = x.new_empty((M, N)) if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
-    bias_here = bias if splits == 1 else None
-    _launch_matmul(
-        -(-N // config.block_n) * -(-M // config.block_m) * splits,
-        (x, packed, scale, scale if zero is None else zero, x if bias_here is None else bias_here, y),
-        (M, N, K, split_steps, x.stride(0), packed.stride(0), stride_scale_g, stride_scale_n),
-        (
-            scheme.bits,
-            0 if scale.shape[0] == 1 else scheme.group_length(K),
-            scheme.value_map,
-            bias_here is not None,
-            K % step != 0,
-            splits > 1,
-            config.scale_weights,
-            has_ptx() and x.dtype != torch.float32,
-            config.block_m,
-            config.block_n,
-            config.blocks,
-        ),
-        (config.num_warps, config.num_stages, config.max_registers),
-    )
+    # Where there is no zero or bias, any tensor stands in for it.
+    launch(x, packed, scale, scale if zero is None else zero, scale if bias is None else bias, y)
     return y if splits == 1 else reduce(y, bias, x.dtype)

@@ -5,12 +5,14 @@ Numerics  float32, splits added in order: the same bits in every run. One roundi
 Oracle    torch.sum      Tuning  none: the data of a decode step fits in a corner of L2
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkernels.kernels.launch import Launcher
+from qkernels.kernels.launch import Launch
 
 
 @triton.jit
@@ -37,18 +39,23 @@ def reduce_kernel(
 
 
 _BLOCK = 256
-_launch_reduce = Launcher(reduce_kernel, constants=("HAS_BIAS", "BLOCK"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(splits: int, M: int, N: int, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Launch:
+    return Launch(
+        reduce_kernel,
+        -(-M * N // _BLOCK),
+        (splits, M * N, N),
+        {"HAS_BIAS": bias_dtype is not None, "BLOCK": _BLOCK},
+        {"num_warps": 2},
+    )
 
 
 def reduce(part: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Launch only: y (M, N) in dtype; M and N at least 1."""
     splits, M, N = part.shape
     y = part.new_empty((M, N), dtype=dtype)
-    _launch_reduce(
-        -(-M * N // _BLOCK),
-        (part, part if bias is None else bias, y),
-        (splits, M * N, N),
-        (bias is not None, _BLOCK),
-        (2,),
-    )
+    launch = _prepare(splits, M, N, dtype, None if bias is None else bias.dtype)
+    launch(part, part if bias is None else bias, y)
     return y

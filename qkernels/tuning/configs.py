@@ -4,6 +4,7 @@ Blocks are powers of two: block_n output features (rows of the weight), block_m 
 """
 
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,13 @@ class MatmulConfig:
     # Scale each weight, rounding it to x's dtype, instead of each group's sum: fewer registers and, with many tokens,
     # fewer instructions.
     scale_weights: bool = False
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(dataclasses.astuple(self))
+
+    def __hash__(self) -> int:
+        return self._hash  # every matmul looks up its launch
 
 
 @dataclasses.dataclass(frozen=True)
