@@ -23,14 +23,14 @@ from qkernels.nn import places, put
 
 # The fields of LlamaConfig.
 SIZES: dict[str, dict[str, int]] = {
-    "Llama-3-8B": dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256,
-    ),
-    "tiny": dict(
-        hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=500,
-    ),
+    "Llama-3-8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 500,
+    },
 }  # fmt: skip
 _STD = 0.02  # of random weights: what such models start from
 _ATTENTION = "qkernels_full_cache"

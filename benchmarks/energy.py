@@ -17,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from qkernels import tables
 Counter = Callable[[], int]  # millijoules so far
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """There is nothing to measure energy with; the message says why."""
 
 
@@ -78,7 +79,7 @@ def idle_watts(
     """Power of a board that does nothing, after `settle` seconds in which its clocks fall.
 
     Raises:
-        Unavailable: the counter stands still.
+        UnavailableError: the counter stands still.
     """
     sleep(settle)
     joules, start = counter(), now()
@@ -105,7 +106,7 @@ def measure(
         now: a clock, in seconds.
 
     Raises:
-        Unavailable: the counter stands still.
+        UnavailableError: the counter stands still.
     """
     steps()
     before, start, calls = counter(), now(), 0
@@ -120,7 +121,7 @@ def _since(counter: Counter, before: int) -> float:
     """Joules since the counter was read."""
     millijoules = counter() - before
     if millijoules <= 0:
-        raise Unavailable(f"the energy counter stands still, or went back: {millijoules} mJ")
+        raise UnavailableError(f"the energy counter stands still, or went back: {millijoules} mJ")
     return millijoules / 1e3
 
 
@@ -128,12 +129,12 @@ def nvml_counter() -> Counter:
     """The counter of the current GPU.
 
     Raises:
-        Unavailable: there is no package nvidia-ml-py, or the GPU does not count.
+        UnavailableError: there is no package nvidia-ml-py, or the GPU does not count.
     """
     try:
         import pynvml
     except ImportError:
-        raise Unavailable("the package nvidia-ml-py is not installed") from None
+        raise UnavailableError("the package nvidia-ml-py is not installed") from None
     try:
         pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
@@ -141,7 +142,7 @@ def nvml_counter() -> Counter:
         read: Any = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         read()
     except pynvml.NVMLError as error:
-        raise Unavailable(f"nvmlDeviceGetTotalEnergyConsumption does not work here: {error}") from None
+        raise UnavailableError(f"nvmlDeviceGetTotalEnergyConsumption does not work here: {error}") from None
     return lambda: int(read())
 
 
@@ -149,8 +150,7 @@ def figures(variant: Variant, energy: Energy) -> Record:
     """What is recorded of a variant."""
     return {
         "name": variant.name,
-        "scheme": variant.scheme,
-        "merged": variant.merged,
+        **dataclasses.asdict(variant),
         **dataclasses.asdict(energy),
         "watts": energy.watts,
         "joules_per_token": energy.joules_per_token,
@@ -174,6 +174,35 @@ def result_table(record: Record) -> str:
     return tables.text(title, ("weights", "J/token", "above idle", "watts", "tokens/s", "seconds"), rows)
 
 
+def run(
+    record: Record,
+    path: pathlib.Path,
+    size: str,
+    variants: Sequence[Variant],
+    counter: Counter,
+    seconds: float,
+    device: str = "cuda",
+    now: Callable[[], float] = time.monotonic,
+) -> Record:
+    """Measure variants one by one, each alone in memory, and write the record after each; returns it.
+
+    The record must hold `context`, `batch` and `idle_watts`; it gets `variants`.
+    """
+    context, batch = record["context"], record["batch"]
+    record["variants"] = []
+    for variant in variants:
+        decoder = Decoder(build(size, variant, device, torch.bfloat16, context), context, batch)
+        steps = 64 if device == "cuda" else 1
+        loop = _steps(decoder.runner(), steps)
+        energy = measure(loop, steps * batch, counter, record["idle_watts"], seconds, now)
+        record["variants"].append(figures(variant, energy))
+        machine.write(path, record)
+        del decoder, loop
+        gc.collect()
+        torch.cuda.empty_cache()
+    return record
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Check the loop, then measure each variant on its own; a result file grows with each."""
     parser = model.parser(__doc__, "energy")
@@ -189,29 +218,21 @@ def main(arguments: list[str] | None = None) -> int:
         counter = nvml_counter()
         torch.cuda.synchronize()
         idle = idle_watts(counter, options.idle_seconds)
-    except Unavailable as reason:
+        record |= {"model": "Llama-3-8B", "context": options.context, "batch": options.batch, "idle_watts": idle}
+        run(record, path, "Llama-3-8B", model.variants_of(options.schemes), counter, options.seconds)
+    except UnavailableError as reason:
         print(f"energy: skipped: {reason}")
         return 0
-    record |= {"model": "Llama-3-8B", "context": options.context, "batch": options.batch, "idle_watts": idle}
-    record["variants"] = []
-    for variant in model.variants_of(options.schemes):
-        built = build("Llama-3-8B", variant, "cuda", torch.bfloat16, options.context)
-        decoder = Decoder(built, options.context, options.batch)
-        energy = measure(_steps(decoder.runner(), 64), 64 * options.batch, counter, idle, options.seconds)
-        record["variants"].append(figures(variant, energy))
-        machine.write(path, record)
-        del built, decoder
-        gc.collect()
-        torch.cuda.empty_cache()
     print(f"{result_table(record)}\n{path}")
     return 0
 
 
-def _steps(run: Callable[[], object], count: int) -> Callable[[], None]:
+def _steps(step: Callable[[], object], count: int) -> Callable[[], None]:
     def steps() -> None:
         for _ in range(count):
-            run()
-        torch.cuda.synchronize()
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     return steps
 

@@ -1,4 +1,4 @@
-"""What benchmarks of whole models need to know of the machine: its record, its bandwidth, times of layers, result files."""
+"""What benchmarks of whole models need: a record of the machine, its bandwidth, times on a GPU, result files."""
 
 from __future__ import annotations
 

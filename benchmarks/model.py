@@ -17,6 +17,7 @@ whole sequence without a cache.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import gc
@@ -32,7 +33,7 @@ import torch
 from benchmarks import machine
 from benchmarks.decode import Decoder, Variant, build, dense_twin, random_weight
 from benchmarks.machine import MODELS, Layer, Record
-from qkernels import Scheme, ops, tables
+from qkernels import QTensor, Scheme, ops, tables
 
 # Logits of the tiny model are about 1; products of length 256 to 384 in float32 differ by their order of additions.
 _CHECK_TOLERANCE = 1e-4
@@ -85,8 +86,7 @@ def figures(
     step, floor = statistics.median(seconds), (weight_bytes + cache_bytes) / bandwidth
     return {
         "name": variant.name,
-        "scheme": variant.scheme,
-        "merged": variant.merged,
+        **dataclasses.asdict(variant),
         "step_ms": step * 1e3,
         "step_ms_lowest": min(seconds) * 1e3,
         "step_ms_highest": max(seconds) * 1e3,
@@ -124,30 +124,47 @@ def take_turns(
 
 
 def measure(
-    size: str, variants: Sequence[Variant], context: int, batch: int, rounds: int, steps: int, bandwidth: float
+    size: str,
+    variants: Sequence[Variant],
+    context: int,
+    batch: int,
+    rounds: int,
+    steps: int,
+    bandwidth: float,
+    device: str = "cuda",
+    seconds_per_call: Callable[[Callable[[], object], int], float] = machine.seconds_per_call,
 ) -> list[Record]:
-    """A record of each variant, decoding on the current GPU; one that does not fit has a `skipped` instead."""
+    """A record of each variant, decoding on a device; one that does not fit has a `skipped` instead."""
     decoders: dict[Variant, Decoder] = {}
     runners: dict[str, Callable[[], object]] = {}
     skipped: list[Record] = []
     for variant in variants:
-        try:
-            decoder = Decoder(build(size, variant, "cuda", torch.bfloat16, context), context, batch)
-            runners[variant.name], decoders[variant] = decoder.runner(), decoder
-        except torch.cuda.OutOfMemoryError as error:
-            reason = f"does not fit: {str(error).splitlines()[0]}"
-            skipped.append(
-                {"name": variant.name, "scheme": variant.scheme, "merged": variant.merged, "skipped": reason}
-            )
-            gc.collect()
-            torch.cuda.empty_cache()
-    seconds = take_turns(runners, rounds, steps, machine.seconds_per_call)
+        made = _decoder(size, variant, context, batch, device)
+        if isinstance(made, str):
+            skipped.append({"name": variant.name, **dataclasses.asdict(variant), "skipped": made})
+        else:
+            decoders[variant], runners[variant.name] = made
+    seconds = take_turns(runners, rounds, steps, seconds_per_call)
     found = [
         figures(variant, seconds[variant.name], batch, decoder.weight_bytes, decoder.cache_bytes, bandwidth)
         for variant, decoder in decoders.items()
     ]
     add_speed_ups(found)
     return found + skipped
+
+
+def _decoder(
+    size: str, variant: Variant, context: int, batch: int, device: str
+) -> tuple[Decoder, Callable[[], object]] | str:
+    """A decoder with what runs a step of it; or why there is none."""
+    try:
+        decoder = Decoder(build(size, variant, device, torch.bfloat16, context), context, batch)
+        return decoder, decoder.runner()
+    except torch.cuda.OutOfMemoryError as error:
+        reason = f"does not fit: {str(error).splitlines()[0]}"
+    gc.collect()
+    torch.cuda.empty_cache()
+    return reason
 
 
 def result_table(record: Record) -> str:
@@ -176,27 +193,31 @@ def total_us(times_us: Mapping[str, float], layers: Sequence[Layer]) -> float:
 
 
 def layer_totals(model: str, scheme: str | None, tokens: int) -> Record:
-    """Times of a model's layers on the current GPU, cold, in bfloat16 or quantized, and their sum over a token's way."""
-    times = {layer.name: _layer_us(layer, scheme, tokens) for layer in MODELS[model]}
+    """Times of a model's layers on the current GPU, cold, dense or quantized, and their sum over a token's way."""
+    times = {layer.name: machine.cold_us(layer_calls(layer, scheme, tokens, "cuda")) for layer in MODELS[model]}
     return {"model": model, "scheme": scheme, "layers_us": times, "total_us": total_us(times, MODELS[model])}
 
 
-def _layer_us(layer: Layer, scheme: str | None, tokens: int) -> float:
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(tokens, layer.K, dtype=torch.bfloat16, device="cuda", generator=generator)
-    calls: list[Callable[[], object]] = []
-    while True:
+def layer_calls(layer: Layer, scheme: str | None, tokens: int, device: str) -> list[Callable[[], torch.Tensor]]:
+    """Products with a layer's shape in bfloat16, with so many different weights that none is found in L2."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, layer.K, dtype=torch.bfloat16, device=device, generator=generator)
+    calls: list[Callable[[], torch.Tensor]] = []
+    wanted = 1
+    while len(calls) < wanted:
         if scheme is None:
-            w = torch.randn(layer.N, layer.K, dtype=torch.bfloat16, device="cuda", generator=generator)
-            nbytes = w.nbytes
+            w = torch.randn(layer.N, layer.K, dtype=torch.bfloat16, device=device, generator=generator)
+            wanted = machine.weight_sets(w.nbytes)
             calls.append(functools.partial(torch.nn.functional.linear, x, w))
         else:
             q = random_weight(layer.N, layer.K, scheme, generator)
-            nbytes = q.nbytes
-            arguments: tuple[Any, ...] = (x, q.packed, q.scale, q.zero, None, str(q.scheme), layer.K)
-            calls.append(functools.partial(ops.matmul, *arguments))
-        if len(calls) >= machine.weight_sets(nbytes):
-            return machine.cold_us(calls)
+            wanted = machine.weight_sets(q.nbytes)
+            calls.append(functools.partial(ops.matmul, x, *_arguments(q)))
+    return calls
+
+
+def _arguments(q: QTensor) -> tuple[Any, ...]:
+    return q.packed, q.scale, q.zero, None, str(q.scheme), q.in_features
 
 
 def totals_table(record: Record) -> str:
