@@ -10,8 +10,8 @@ take theirs, under conditions that leave no room for a stale or foreign product:
 
 - Only during a call of the parent, in its thread: hooks of the parent open a scope and close it, and what was not
   taken is dropped then. A sibling called from anywhere else multiplies its own rows.
-- Only for the very same tensor, with the same version (torch counts changes in place), on the same stream, under the
-  same autocast; and each sibling takes its rows once.
+- Only for the very same tensor, with the same version, on the same stream, under the same autocast; and each sibling
+  takes its rows once. The version is what autograd goes by, too: it counts changes in place, but not through `.data`.
 - Only where no gradient is recorded, since rows of one result count changes in place together, and autograd would
   refuse what it accepts from separate layers; and never for subclasses, dispatch modes or function transforms.
 - Where torch counts no versions (inference mode, and torch.compile, which sees a graph of pure functions), only if the
@@ -295,6 +295,7 @@ def _open(parent: nn.Module, args: Any) -> None:
         for child in parent.children():
             if isinstance(child, MergedLinear):
                 proved = child.shared.forward_of_parent
+                child.shared.traced = None
                 child.shared.compiling_parent = "forward" not in vars(parent) and type(parent).forward is proved
 
 

@@ -498,6 +498,42 @@ def test_compiled_siblings_alone_and_another_forward() -> None:
                 assert _equal(merged(X.clone()), apart(X.clone()))
 
 
+class Breaks(nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        if y.shape[0] == 5:
+            raise ValueError("five")
+        return y.relu()
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 32), nn.Linear(64, 32)
+        self.act = Breaks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.gate_proj(x)) * self.up_proj(x)
+
+
+def test_a_graph_break_between_siblings() -> None:
+    apart, merged = _pair(Gated)
+    torch._dynamo.reset()
+    compiled = torch.compile(merged, backend="eager")
+    shared = merged.up_proj.shared
+    assert shared.forward_of_parent is Gated.forward
+    with torch.no_grad():
+        for rows in (3, 5, 4, 3):
+            x = torch.randn(rows, 64)
+            if rows == 5:
+                with pytest.raises(ValueError, match="five"):
+                    compiled(x)
+                continue
+            assert torch.equal(compiled(x), apart(x))
+            assert torch.equal(compiled(x.mul_(2)), apart(x))
+            assert shared.traced is None
+
+
 def test_exported_models() -> None:
     apart, merged = _pair(Parent, merge=True)
     for strict in (False, True):
