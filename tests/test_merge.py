@@ -75,6 +75,16 @@ class Parent(nn.Module):
         return q, self.k_proj(x), self.v_proj(x)
 
 
+class Clean(Parent):
+    """What source code proves."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        return q, k, v
+
+
 def _equal(found: Any, wanted: Any) -> bool:
     return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -262,8 +272,9 @@ def test_gradients_switched_on_between_the_calls() -> None:
     assert v.grad_fn is not None
 
 
-def test_hooks_of_a_sibling_see_and_change_what_they_would() -> None:
-    apart, merged = _pair(Parent)
+@pytest.mark.parametrize("parent", [Parent, Clean])
+def test_hooks_of_a_sibling_see_and_change_what_they_would(parent: type[Parent]) -> None:
+    apart, merged = _pair(parent)
     for mode in (torch.no_grad, torch.inference_mode):
         for model in (apart, merged):
             model.handles = [
@@ -272,6 +283,8 @@ def test_hooks_of_a_sibling_see_and_change_what_they_would() -> None:
             ]
         with mode():
             assert _equal(merged(X.clone()), apart(X.clone())), mode
+            if mode is torch.no_grad:
+                assert _equal(_products_in_graphs(merged, X.clone())[1], apart(X.clone()))
         for handle in apart.handles + merged.handles:
             handle.remove()
 
@@ -468,13 +481,6 @@ def test_compiled_parents_whose_source_proves_nothing_keep_layers_apart() -> Non
 
 
 def test_compiled_siblings_alone_and_another_forward() -> None:
-    class Clean(Parent):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            q = self.q_proj(x)
-            k = self.k_proj(x)
-            v = self.v_proj(x)
-            return q, k, v
-
     apart, merged = _pair(Clean)
     with torch.no_grad():
         products, found = _products_in_graphs(merged, X)
