@@ -106,6 +106,8 @@ class QuantizationReport:
             rows = [(*row[:2], launch.get(row[0], ""), *row[2:]) for row in rows]
             columns, text_columns = (*columns[:2], "one launch", *columns[2:]), 3
             title += f"; {len(self.merged.groups)} groups multiplied in one launch"
+            if count := len(self.merged.not_proved):
+                title += f", {count} of them not in inference mode nor under torch.compile"
             for names, reason in self.merged.apart:
                 title += f"; not all of {_together(names)} of {names[0].rpartition('.')[0] or 'the model'}: {reason}"
         return tables.text(title, columns, rows, text_columns=text_columns)

@@ -320,10 +320,13 @@ class Merged:
     Attributes:
         groups: names of layers that share a launch now.
         apart: (names of siblings, why they, or some of them, do not).
+        not_proved: those of the groups whose parent's source does not show that they read one unchanging input: in
+            inference mode and under torch.compile they do not share a launch.
     """
 
     groups: tuple[tuple[str, ...], ...]
     apart: tuple[tuple[tuple[str, ...], str], ...]
+    not_proved: tuple[tuple[str, ...], ...]
 
 
 def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS) -> Merged:
@@ -336,7 +339,7 @@ def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS)
     Siblings of different schemes, input sizes or devices, with and without bias, or that sit in several places, stay
     apart, and so do those with one scale for the whole tensor: the result says why. Merged ones stay as they are.
     """
-    merged, apart = [], []
+    merged, apart, not_proved = [], [], []
     where = places(model)
     for parent_name, parent in model.named_modules():
         for names in check_groups(groups):
@@ -350,11 +353,12 @@ def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS)
                 sets.setdefault(name if alone else _must_agree(layer), []).append(name)
             for together in sets.values():
                 if len(together) > 1:
-                    _merge(parent, together, where)
                     merged.append(tuple(full[n] for n in together))
+                    if not _merge(parent, together, where):
+                        not_proved.append(merged[-1])
             if len(sets) > 1:
                 apart.append((tuple(full.values()), _why_apart(list(found.values()), where)))
-    return Merged(tuple(merged), tuple(apart))
+    return Merged(tuple(merged), tuple(apart), tuple(not_proved))
 
 
 def check_groups(groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
@@ -400,7 +404,8 @@ def _is_hooked(layer: nn.Module) -> bool:
     )
 
 
-def _merge(parent: nn.Module, names: Sequence[str], where: dict[nn.Module, list[tuple[nn.Module, str]]]) -> None:
+def _merge(parent: nn.Module, names: Sequence[str], where: dict[nn.Module, list[tuple[nn.Module, str]]]) -> bool:
+    """Merge layers of a parent; whether the parent's source proves that they read one unchanging input."""
     layers = [parent._modules[name] for name in names]
     forward = None if "forward" in vars(parent) else type(parent).forward
     proved = forward if forward is not None and source.shows_one_input(forward, names) else None
@@ -411,3 +416,4 @@ def _merge(parent: nn.Module, names: Sequence[str], where: dict[nn.Module, list[
     if _open not in parent._forward_pre_hooks.values():
         parent.register_forward_pre_hook(_open)
         parent.register_forward_hook(_close, always_call=True)
+    return proved is not None

@@ -137,7 +137,7 @@ def test_models_without_siblings_stay_as_they_are() -> None:
 
 
 def test_the_report_names_what_is_merged_and_what_is_not() -> None:
-    model = nn.ModuleDict({"a": Parent(), "b": Parent(), "c": Parent()})
+    model = nn.ModuleDict({"a": Clean(), "b": Parent(), "c": Parent()})
     report = qkernels.quantize_model(
         model, "w4g32", schemes={"b.*": "w8t", "c.k_proj": "w8c"}, merge=True, progress=False
     )
@@ -145,7 +145,8 @@ def test_the_report_names_what_is_merged_and_what_is_not() -> None:
     assert report.merged.groups == (("a.q_proj", "a.k_proj", "a.v_proj"), ("c.q_proj", "c.v_proj"))
     assert [reason for _, reason in report.merged.apart] == ["one scale for a whole tensor", "different scheme"]
     text = str(report)
-    assert "2 groups multiplied in one launch" in text
+    assert report.merged.not_proved == (("c.q_proj", "c.v_proj"),)
+    assert "2 groups multiplied in one launch, 1 of them not in inference mode nor under torch.compile" in text
     assert "not all of q_proj + k_proj + v_proj of c: different scheme" in text
     assert text.count("q_proj + k_proj + v_proj") == 3 + 2
     assert "one launch" not in str(qkernels.quantize_model(Parent(), "w4g32", progress=False))
