@@ -20,7 +20,7 @@ def shows_one_input(forward: Callable[..., Any], names: Sequence[str]) -> bool:
     """Whether source code proves that self.NAME(x), of all names, get one x that nothing in between can change.
 
     From the first of these calls to the last there may be nothing but assignments to other names, of what is made from
-    results of these calls, by arithmetic, by methods that change nothing, or by modules that see nothing else.
+    results of these calls: by arithmetic, by methods that change nothing, or by modules that see nothing else.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]
@@ -37,14 +37,19 @@ def shows_one_input(forward: Callable[..., Any], names: Sequence[str]) -> bool:
     if not x.isidentifier() or any(len(_arguments(node)) != 1 for node in calls):
         return False
     holding = [i for i, statement in enumerate(tree.body) if any(node in calls for node in ast.walk(statement))]
-    return all(_harmless_statement(s, self_name, names, x) for s in tree.body[holding[0] : holding[-1] + 1])
+    made: set[str] = set()  # names of what is made from results
+    return all(_harmless(s, self_name, names, x, made) for s in tree.body[holding[0] : holding[-1] + 1])
 
 
-def _harmless_statement(statement: ast.stmt, self_name: str, names: Sequence[str], x: str) -> bool:
+def _harmless(statement: ast.stmt, self_name: str, names: Sequence[str], x: str, made: set[str]) -> bool:
+    """Whether a statement can change nothing but names that it assigns, which are added to `made`."""
+
     def fresh(node: ast.expr) -> bool:
-        """Made from results of the calls: no other tensor is given away."""
+        """Made from results of the calls: no other tensor, which may share memory with x, is given away."""
+        if isinstance(node, ast.Name):
+            return node.id in made
         if isinstance(node, ast.BinOp):
-            return fresh(node.left) and (fresh(node.right) or plain(node.right))
+            return fresh(node.left) and (fresh(node.right) or _plain(node.right))
         if not isinstance(node, ast.Call) or node.keywords:
             return False
         if (module := _module_called(node, self_name)) is not None:
@@ -53,21 +58,25 @@ def _harmless_statement(statement: ast.stmt, self_name: str, names: Sequence[str
         return (
             isinstance(called, ast.Attribute)
             and called.attr in _HARMLESS
-            and (fresh(called.value) or (isinstance(called.value, ast.Name) and called.value.id != x))
-            and all(plain(argument) for argument in node.args)
+            and fresh(called.value)
+            and all(_plain(argument) for argument in node.args)
         )
-
-    def plain(node: ast.expr) -> bool:
-        """Names and numbers other than x: read, and given to nothing but arithmetic and harmless methods."""
-        kinds = (ast.Name, ast.Attribute, ast.Constant, ast.UnaryOp, ast.USub, ast.Load, ast.Starred, ast.Tuple)
-        return all(isinstance(n, kinds) and not (isinstance(n, ast.Name) and n.id == x) for n in ast.walk(node))
 
     if isinstance(statement, ast.Return):
         return statement.value is not None and fresh(statement.value)
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return False
     target = statement.targets[0]
-    return isinstance(target, ast.Name) and target.id != x and fresh(statement.value)
+    if not isinstance(target, ast.Name) or target.id == x or not fresh(statement.value):
+        return False
+    made.add(target.id)
+    return True
+
+
+def _plain(node: ast.expr) -> bool:
+    """Names, attributes and numbers: read, and given to nothing but arithmetic and harmless methods."""
+    kinds = (ast.Name, ast.Attribute, ast.Constant, ast.UnaryOp, ast.USub, ast.Load, ast.Starred, ast.Tuple)
+    return all(isinstance(n, kinds) for n in ast.walk(node))
 
 
 def _module_called(node: ast.AST, self_name: str) -> str | None:

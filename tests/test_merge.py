@@ -345,6 +345,18 @@ def test_siblings_that_read_different_inputs_stop_being_multiplied_together(laun
         assert launches[:3] == [64, 32, 48]
 
 
+def test_a_call_now_and_then_that_does_not_share_does_no_harm(launches: list[int]) -> None:
+    _, merged = _pair(Parent)
+    with torch.no_grad():
+        for i in range(12):
+            merged.between = (lambda x: x.add_(1)) if i % 3 else (lambda x: None)
+            merged(X.clone())
+        launches.clear()
+        merged.between = lambda x: None
+        merged(X)
+        assert launches == [144]
+
+
 # ---- copies, files, devices ----
 
 
@@ -562,6 +574,27 @@ def _mlp(self: Any, x: Tensor) -> Any:
     return self.down(self.act(self.q_proj(x)) * self.k_proj(x))
 
 
+def _in_steps(self: Any, x: Tensor) -> Any:
+    q = self.q_proj(x) * self.scaling
+    q = q.view(-1, 16)
+    q = self.q_norm(q)
+    k = self.k_proj(x)
+    return q, k
+
+
+def _rebound_by_a_result(self: Any, x: Tensor) -> Any:
+    x = self.q_proj(x)
+    return x * self.k_proj(x)
+
+
+def _alias_viewed_and_given_away(self: Any, x: Tensor) -> Any:
+    residual = x
+    q = self.q_proj(x)
+    r = self.act(residual.view(-1))
+    k = self.k_proj(x)
+    return q * k * r
+
+
 def _in_place(self: Any, x: Tensor) -> Any:
     q = self.q_proj(x)
     x += 1
@@ -626,10 +659,11 @@ def _twice(self: Any, x: Tensor) -> Any:
 
 
 def test_what_source_code_proves() -> None:
-    for forward in (_attention, _mlp):
+    for forward in (_attention, _mlp, _in_steps):
         assert source.shows_one_input(forward, ("q_proj", "k_proj")), forward
     for forward in (
         _in_place, _method_in_place, _rebound, _given_away, _alias_given_away, _alias_in_place, _two_inputs,
+        _rebound_by_a_result, _alias_viewed_and_given_away,
         _expression, _branch, _twice, lambda self, x: self.q_proj(x) * self.k_proj(x), torch.add,
     ):  # fmt: skip
         assert not source.shows_one_input(forward, ("q_proj", "k_proj")), forward
