@@ -10,16 +10,19 @@ from qkernels.formats.native import FormatError
 from qkernels.model import QuantizationReport, quantize_model
 from qkernels.nn import QuantLinear
 from qkernels.scheme import Scheme
+from qkernels.siblings import MergedLinear, merge_siblings
 from qkernels.tensor import QTensor, QuantizationError, quantize
 
 __all__ = [
     "FormatError",
+    "MergedLinear",
     "QTensor",
     "QuantLinear",
     "QuantizationError",
     "QuantizationReport",
     "Scheme",
     "load",
+    "merge_siblings",
     "quantize",
     "quantize_model",
     "save",

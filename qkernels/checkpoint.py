@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qkernels.formats import native
 from qkernels.formats.native import FormatError, Path
 from qkernels.nn import QuantLinear, places, put
+from qkernels.siblings import MergedLinear, merge_siblings
 from qkernels.tensor import QTensor
 
 
@@ -42,7 +43,8 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
     Args:
         path: of the file.
         model: where to put it: the architecture that was saved, quantized or not, on any device, meta too. Its Linears
-            become QuantLinears where the file has quantized weights.
+            become QuantLinears where the file has quantized weights. Merged layers stay merged where the file's schemes
+            let them; files do not know about merging, and `merge_siblings` merges a model that was loaded.
         device: for the tensors, where no model is given.
     Returns:
         The model if there is one, else {name: Tensor or QTensor}.
@@ -63,6 +65,7 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
     where = places(model)
     ties = _ties(model)
     layers = _check_fits_model(path, model, quantized, plain, ties)
+    merged = {layer.shared.names for layer in layers if isinstance(layer, MergedLinear)}
     for module, tensor in layers.items():
         old = module.weight
         target = "cpu" if old.is_meta else old.device
@@ -71,6 +74,8 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
     on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     model.load_state_dict(plain, strict=False, assign=on_meta)
     _tie_again(model, ties, tensors)
+    if merged:
+        merge_siblings(model, sorted(merged))
     return model
 
 

@@ -13,6 +13,7 @@ from qkernels import reference, tables
 from qkernels.checks import DTYPES
 from qkernels.nn import QuantLinear, places, put
 from qkernels.scheme import Scheme, as_scheme
+from qkernels.siblings import SIBLINGS, Merged, check_groups, merge_siblings
 from qkernels.tensor import QuantizationError
 
 # The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.
@@ -53,11 +54,13 @@ class QuantizationReport:
         layers: the quantized ones, in the model's order.
         skipped: names of the Linears that were left alone.
         seconds: that it took.
+        merged: groups of layers that are multiplied in one launch, and siblings that are not, with the reason.
     """
 
     layers: tuple[LayerReport, ...]
     skipped: tuple[str, ...]
     seconds: float
+    merged: Merged | None = None
 
     @property
     def original_bytes(self) -> int:
@@ -80,7 +83,7 @@ class QuantizationReport:
         return sum((layer.error for layer in self.layers), QuantizationError(0.0, 0.0, 0.0))
 
     def __str__(self) -> str:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 layer.name,
                 layer.scheme,
@@ -91,13 +94,28 @@ class QuantizationReport:
             )
             for layer in self.layers
         ]
+        columns: tuple[str, ...] = ("layer", "scheme", "shape", "size", "bits/weight", "SNR dB")
+        text_columns = 2
         title = (
             f"{len(self.layers)} layers: {tables.size(self.original_bytes)} -> {tables.size(self.nbytes)}, "
             f"{self.bits_per_weight:.2f} bits per weight, SNR {self.error.snr_db:.1f} dB, {self.seconds:.1f} s; "
             f"left alone: {', '.join(self.skipped) or 'none'}"
         )
-        columns = ("layer", "scheme", "shape", "size", "bits/weight", "SNR dB")
-        return tables.text(title, columns, rows, text_columns=2)
+        if self.merged is not None:
+            launch = {name: _together(names) for names in self.merged.groups for name in names}
+            rows = [(*row[:2], launch.get(row[0], ""), *row[2:]) for row in rows]
+            columns, text_columns = (*columns[:2], "one launch", *columns[2:]), 3
+            title += f"; {len(self.merged.groups)} groups multiplied in one launch"
+            if count := len(self.merged.not_proved):
+                title += f", {count} of them not in inference mode nor under torch.compile"
+            for names, reason in self.merged.apart:
+                title += f"; not all of {_together(names)} of {names[0].rpartition('.')[0] or 'the model'}: {reason}"
+        return tables.text(title, columns, rows, text_columns=text_columns)
+
+
+def _together(names: Sequence[str]) -> str:
+    """Siblings without what their names share: q_proj + k_proj + v_proj."""
+    return " + ".join(name.rpartition(".")[2] for name in names)
 
 
 def quantize_model(
@@ -106,6 +124,7 @@ def quantize_model(
     *,
     skip: Sequence[str] = DEFAULT_SKIP,
     schemes: Mapping[str, str | Scheme | None] | None = None,
+    merge: bool | Sequence[Sequence[str]] = False,
     progress: bool = True,
 ) -> QuantizationReport:
     """Replace every nn.Linear by a QuantLinear, in place, one at a time: peak memory is the model plus one layer.
@@ -119,6 +138,9 @@ def quantize_model(
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours.
+        merge: whether siblings that read one input are multiplied in one launch, with the same results: q_proj, k_proj
+            and v_proj of one parent, and gate_proj and up_proj; or the names of siblings, such as [("w1", "w3")]. Those
+            that cannot be merged (one scale per tensor, different schemes) stay apart; the report says why.
         progress: whether to show a progress bar.
 
     Raises:
@@ -135,6 +157,7 @@ def quantize_model(
 
     start = time.perf_counter()
     plan, skipped = _plan(model, as_scheme(scheme), skip, schemes or {})
+    groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
     where = places(model)
     for name, (linear, chosen) in plan.items():
         _check_quantizable(name, linear, chosen)
@@ -156,7 +179,8 @@ def quantize_model(
         )
         put(quantized, where.pop(linear))
         del linear, weight  # the float weight goes before the next layer comes
-    return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start)
+    merged = merge_siblings(model, groups) if groups else None
+    return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start, merged)
 
 
 def _plan(

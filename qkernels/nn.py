@@ -83,13 +83,7 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            if moved.dtype != t.dtype and (t is not self.bias or moved.dtype not in DTYPES):
-                return t.to(moved.device)
-            return moved
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keep_dtypes(fn, self._parameters.get("bias")), recurse)
 
     def _load_from_state_dict(
         self,
@@ -108,6 +102,18 @@ class QuantLinear(nn.Module):
                 errors.append(f"{prefix}{name} of a {self.scheme} layer must be {own.dtype}, got {given.dtype}")
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def keep_dtypes(fn: Callable[[Tensor], Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What nn.Module._apply may do to a quantized layer: everything but change a dtype other than the bias's."""
+
+    def careful(t: Tensor) -> Tensor:
+        moved = fn(t)
+        if moved.dtype != t.dtype and (t is not bias or moved.dtype not in DTYPES):
+            return t.to(moved.device)
+        return moved
+
+    return careful
 
 
 # ---- layers in a model ----

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "qkernels"
 FLOORS = {
     "qkernels.scheme": 0,
     "qkernels.tables": 0,
+    "qkernels.source": 0,
     "qkernels.packing": 1,
     "qkernels.reference": 1,
     "qkernels.tuning": 1,
@@ -24,6 +25,7 @@ FLOORS = {
     "qkernels.ops": 3,
     "qkernels.tensor": 4,
     "qkernels.nn": 5,
+    "qkernels.siblings": 5,
     "qkernels.formats": 5,
     "qkernels.quality": 5,
     "qkernels.model": 6,

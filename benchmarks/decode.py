@@ -1,0 +1,193 @@
+"""Models of Llama's shape with random weights, and a decode step of theirs.
+
+Weights are made where they are needed: the codes of a quantized model directly, so that it never takes more memory than
+it ends up with. What a step computes is what transformers' model computes; what is left out are masks, since the cache
+is full: a step writes the last slot of a StaticCache and attends to all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import machine
+from qkernels import QTensor, QuantLinear, Scheme, merge_siblings, packing
+from qkernels.model import DEFAULT_SKIP
+from qkernels.nn import places, put
+
+# The fields of LlamaConfig.
+SIZES: dict[str, dict[str, int]] = {
+    "Llama-3-8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 500,
+    },
+}  # fmt: skip
+_STD = 0.02  # of random weights: what such models start from
+_ATTENTION = "qkernels_full_cache"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a model's Linears are stored and multiplied; lm_head stays as it is.
+
+    Attributes:
+        scheme: None for dense weights.
+        merged: whether siblings are multiplied in one launch.
+    """
+
+    scheme: str | None
+    merged: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "w4g128 merged"."""
+        return (self.scheme or "dense") + (" merged" if self.merged else "")
+
+
+def build(
+    size: str, variant: Variant, device: torch.device | str, dtype: torch.dtype, context: int, seed: int = 0
+) -> Any:
+    """A LlamaForCausalLM with random weights; those of one size, scheme and seed are the same, merged or not."""
+    import transformers
+
+    _register_attention()
+    config = transformers.LlamaConfig(
+        **SIZES[size],
+        max_position_embeddings=max(context, 8192),
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        attn_implementation=_ATTENTION,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    if variant.scheme is not None:
+        for linear, where in places(model).items():
+            if isinstance(linear, nn.Linear) and where[0][1] not in DEFAULT_SKIP:
+                put(
+                    QuantLinear(random_weight(linear.out_features, linear.in_features, variant.scheme, generator)),
+                    where,
+                )
+        if variant.merged:
+            merge_siblings(model)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                made = torch.empty(parameter.shape, dtype=dtype, device=device)
+                made = made.fill_(1.0) if made.ndim == 1 else made.normal_(0, _STD, generator=generator)
+                module._parameters[name] = nn.Parameter(made, requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left:
+        raise RuntimeError(f"{left[0]} and {len(left) - 1} others were not given values")
+    return model
+
+
+def random_weight(N: int, K: int, scheme: str, generator: torch.Generator) -> QTensor:
+    """Codes, scales and zeros (N, K), on the generator's device, that stand for weights of about the usual size."""
+    parsed, device = Scheme.parse(scheme), generator.device
+    make = functools.partial(torch.randint, generator=generator, device=device, dtype=torch.uint8)
+    packed = packing.pack(make(parsed.code_min, parsed.code_max + 1, (N, K)), parsed.bits)
+    shape = parsed.scale_shape(N, K)
+    spread = torch.rand(shape, generator=generator, device=device) + 0.5
+    scale = (spread * (_STD * math.sqrt(12) / 2**parsed.bits)).to(parsed.scale_dtype)
+    zero = None
+    if parsed.value_map == "affine":
+        zero = make(max(0, parsed.center - 1), min(parsed.code_max, parsed.center + 1) + 1, shape)
+    elif parsed.value_map == "offset":
+        zero = -scale * parsed.center
+    return QTensor(packed, scale, zero, parsed, K)
+
+
+def dense_twin(quantized: Any, context: int) -> Any:
+    """The same model with Linears that hold the dequantized weights, in its dtype and on its device."""
+    size = next(name for name, fields in SIZES.items() if fields["hidden_size"] == quantized.config.hidden_size)
+    embedding = quantized.model.embed_tokens.weight
+    twin = build(size, Variant(None), embedding.device, embedding.dtype, context)
+    plain = {n: t for n, t in quantized.state_dict().items() if n in twin.state_dict() and t.is_floating_point()}
+    twin.load_state_dict(plain, strict=False)
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, QuantLinear):
+            twin.get_submodule(name).weight.copy_(layer.qweight.dequantize(embedding.dtype))
+    return twin
+
+
+class Decoder:
+    """A prompt that fills all but the last slot of a cache, and the step that fills it, again and again.
+
+    Args:
+        model: of `build`.
+        context: slots of the cache.
+        batch: sequences.
+        seed: of the prompt.
+    """
+
+    def __init__(self, model: Any, context: int, batch: int, seed: int = 0):
+        import transformers
+
+        self.model, self.batch, self.position = model, batch, context - 1
+        self.device = model.model.embed_tokens.weight.device
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=context)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        vocabulary = model.config.vocab_size
+        self.prompt = torch.randint(vocabulary, (batch, context - 1), generator=generator, device=self.device)
+        self._positions = torch.full((1, 1), self.position, device=self.device)
+        logits = self._run(self.prompt, torch.arange(context - 1, device=self.device)[None])
+        self.token = logits.argmax(-1, keepdim=True)
+
+    @torch.no_grad()
+    def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        out = self.model(tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def step(self) -> Tensor:
+        """Logits (batch, vocabulary) for the token in the last slot; the likeliest next one takes its place."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.position)  # on the device: part of a captured graph
+        logits = self._run(self.token, self._positions)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        return logits
+
+    def runner(self) -> Callable[[], object]:
+        """What makes one step: the replay of a CUDA graph, or the step itself on a CPU."""
+        return machine.capture(self.step).replay if self.device.type == "cuda" else self.step
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that a step reads: everything but the rows of the embedding that are not looked up."""
+        embedding = self.model.model.embed_tokens.weight
+        rows = self.batch * embedding.shape[1] * embedding.element_size()
+        return sum(p.nbytes for p in self.model.parameters()) - embedding.nbytes + rows
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values that a step reads."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+def _full_cache_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention where a prompt starts an empty cache, or a token takes its last slot: so no mask is needed."""
+    length = query.shape[2]
+    if length > 1:
+        key, value = key[:, :, :length], value[:, :, :length]
+    y = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=length > 1, scale=options.get("scaling"), enable_gqa=True
+    )
+    return y.transpose(1, 2).contiguous(), None
+
+
+def _register_attention() -> None:
+    import transformers
+
+    transformers.AttentionInterface.register(_ATTENTION, _full_cache_attention)

@@ -1,0 +1,241 @@
+"""What a decoded token costs in energy: the board's own counter around a loop of steps.
+
+    python -m benchmarks.energy                                  # bfloat16 and w4g128, siblings apart and merged
+    python -m benchmarks.energy --schemes w4g128 w8g128 --seconds 20
+
+The counter is NVML's nvmlDeviceGetTotalEnergyConsumption: millijoules of the whole board, memory and losses included,
+since the driver was loaded. It is read when the GPU is idle and waited for: around at least 10 s of steps, each a
+replay of one CUDA graph, and around some seconds of doing nothing. Two figures follow: joules per token, and joules per
+token above what the board would have taken idling for as long. The host is not in it.
+
+Without a GPU the loop is only checked. Without the package nvidia-ml-py, or on a GPU that does not count, the benchmark
+says so and is skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import machine, model
+from benchmarks.decode import Decoder, Variant, build
+from benchmarks.machine import Record
+from qkernels import tables
+
+Counter = Callable[[], int]  # millijoules so far
+
+
+class UnavailableError(RuntimeError):
+    """There is nothing to measure energy with; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Energy:
+    """What a loop took.
+
+    Attributes:
+        joules: of the board.
+        seconds: that the loop ran.
+        tokens: that it decoded.
+        idle_watts: of the board when it does nothing.
+    """
+
+    joules: float
+    seconds: float
+    tokens: int
+    idle_watts: float
+
+    @property
+    def watts(self) -> float:
+        """Average over the loop."""
+        return self.joules / self.seconds
+
+    @property
+    def joules_per_token(self) -> float:
+        """All that the board took."""
+        return self.joules / self.tokens
+
+    @property
+    def joules_per_token_above_idle(self) -> float:
+        """Less what it would have taken idling for as long."""
+        return (self.joules - self.idle_watts * self.seconds) / self.tokens
+
+
+def idle_watts(
+    counter: Counter,
+    seconds: float,
+    settle: float = 5.0,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> float:
+    """Power of a board that does nothing, after `settle` seconds in which its clocks fall.
+
+    Raises:
+        UnavailableError: the counter stands still.
+    """
+    sleep(settle)
+    joules, start = counter(), now()
+    sleep(seconds)
+    return _since(counter, joules) / (now() - start)
+
+
+def measure(
+    steps: Callable[[], None],
+    tokens: int,
+    counter: Counter,
+    idle: float,
+    seconds: float = 10.0,
+    now: Callable[[], float] = time.monotonic,
+) -> Energy:
+    """Energy of a loop.
+
+    Args:
+        steps: some steps, after which the GPU is waited for; called once before counting begins.
+        tokens: that one call decodes.
+        counter: of millijoules.
+        idle: power of the idle board, in watts.
+        seconds: that the loop runs at least; a counter that is updated every tenth of a second is then right to 1 %.
+        now: a clock, in seconds.
+
+    Raises:
+        UnavailableError: the counter stands still.
+    """
+    steps()
+    before, start, calls = counter(), now(), 0
+    while now() - start < seconds:
+        steps()
+        calls += 1
+    taken = now() - start
+    return Energy(_since(counter, before), taken, calls * tokens, idle)
+
+
+def _since(counter: Counter, before: int) -> float:
+    """Joules since the counter was read."""
+    millijoules = counter() - before
+    if millijoules <= 0:
+        raise UnavailableError(f"the energy counter stands still, or went back: {millijoules} mJ")
+    return millijoules / 1e3
+
+
+def nvml_counter() -> Counter:
+    """The counter of the current GPU.
+
+    Raises:
+        UnavailableError: there is no package nvidia-ml-py, or the GPU does not count.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        raise UnavailableError("the package nvidia-ml-py is not installed") from None
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        read: Any = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        read()
+    except pynvml.NVMLError as error:
+        raise UnavailableError(f"nvmlDeviceGetTotalEnergyConsumption does not work here: {error}") from None
+    return lambda: int(read())
+
+
+def figures(variant: Variant, energy: Energy) -> Record:
+    """What is recorded of a variant."""
+    return {
+        "name": variant.name,
+        **dataclasses.asdict(variant),
+        **dataclasses.asdict(energy),
+        "watts": energy.watts,
+        "joules_per_token": energy.joules_per_token,
+        "joules_per_token_above_idle": energy.joules_per_token_above_idle,
+    }
+
+
+def result_table(record: Record) -> str:
+    """The variants of a result file."""
+    rows = [
+        (
+            v["name"], f"{v['joules_per_token']:.3f}", f"{v['joules_per_token_above_idle']:.3f}", f"{v['watts']:.0f}",
+            f"{v['tokens'] / v['seconds']:.0f}", f"{v['seconds']:.1f}",
+        )
+        for v in record["variants"]
+    ]  # fmt: skip
+    title = (
+        f"{record['model']}, context {record['context']}, batch {record['batch']}, on {record['device']}, "
+        f"which idles at {record['idle_watts']:.0f} W"
+    )
+    return tables.text(title, ("weights", "J/token", "above idle", "watts", "tokens/s", "seconds"), rows)
+
+
+def run(
+    record: Record,
+    path: pathlib.Path,
+    size: str,
+    variants: Sequence[Variant],
+    counter: Counter,
+    seconds: float,
+    device: str = "cuda",
+    now: Callable[[], float] = time.monotonic,
+) -> Record:
+    """Measure variants one by one, each alone in memory, and write the record after each; returns it.
+
+    The record must hold `context`, `batch` and `idle_watts`; it gets `variants`.
+    """
+    context, batch = record["context"], record["batch"]
+    record["variants"] = []
+    for variant in variants:
+        decoder = Decoder(build(size, variant, device, torch.bfloat16, context), context, batch)
+        steps = 64 if device == "cuda" else 1
+        loop = _steps(decoder.runner(), steps)
+        energy = measure(loop, steps * batch, counter, record["idle_watts"], seconds, now)
+        record["variants"].append(figures(variant, energy))
+        machine.write(path, record)
+        del decoder, loop
+        gc.collect()
+        torch.cuda.empty_cache()
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check the loop, then measure each variant on its own; a result file grows with each."""
+    parser = model.parser(__doc__, "energy")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that each variant runs; at least 10")
+    parser.add_argument("--idle-seconds", type=float, default=10.0, help="that idle power is measured for")
+    options = parser.parse_args(arguments)
+    if options.seconds < 10 or options.idle_seconds < 5:
+        parser.error("--seconds must be at least 10 and --idle-seconds at least 5: the counter is coarse")
+    record, path = model.checked(options, "energy")
+    if path is None:
+        return 0
+    try:
+        counter = nvml_counter()
+        torch.cuda.synchronize()
+        idle = idle_watts(counter, options.idle_seconds)
+        record |= {"model": "Llama-3-8B", "context": options.context, "batch": options.batch, "idle_watts": idle}
+        run(record, path, "Llama-3-8B", model.variants_of(options.schemes), counter, options.seconds)
+    except UnavailableError as reason:
+        print(f"energy: skipped: {reason}")
+        return 0
+    print(f"{result_table(record)}\n{path}")
+    return 0
+
+
+def _steps(step: Callable[[], object], count: int) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(count):
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return steps
+
+
+if __name__ == "__main__":
+    sys.exit(main())
