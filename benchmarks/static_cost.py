@@ -69,7 +69,9 @@ class Cost:
     stack_bytes: int  # per thread: spills
     shared_bytes: int  # per program
     instructions_per_weight: float
+    weights_per_thread: float  # of what is counted
     opcodes: collections.Counter[str]  # of the whole kernel, by stem
+    accesses: collections.Counter[str]  # to global memory in the whole kernel, with their width: "LDG.E.128", ...
     ptx: str = dataclasses.field(repr=False)
 
     @property
@@ -98,7 +100,9 @@ def cost(problem: Problem) -> Cost:
         stack_bytes=sass.stack_bytes,
         shared_bytes=launch.shared_bytes,
         instructions_per_weight=counted * threads_per_weight,
+        weights_per_thread=1 / threads_per_weight,
         opcodes=sass.opcodes,
+        accesses=sass.accesses,
         ptx=launch.ptx,
     )
 
