@@ -58,6 +58,7 @@ class Sass:
     loop_instructions: int  # of the main loop: the longest backward branch
     opcodes: collections.Counter[str]  # of the whole kernel, by stem: "HGMMA", "LOP3", "STS", ...
     loop_opcodes: collections.Counter[str]
+    accesses: collections.Counter[str]  # to global memory in the whole kernel, with their width: "LDG.E.128", ...
 
 
 @dataclasses.dataclass
@@ -175,6 +176,7 @@ def disassemble(cubin: bytes) -> Sass:
         loop_instructions=stop - start,
         opcodes=_stems(code),
         loop_opcodes=_stems(code[start:stop]),
+        accesses=collections.Counter(re.findall(r"\b(?:LDG|STG)\.\S+", "\n".join(code))),
     )
 
 

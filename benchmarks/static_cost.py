@@ -113,9 +113,11 @@ class Cost:
     num_warps: int  # of a program
     programs: int  # on a multiprocessor at a time
     instructions_per_weight: float
+    weights_per_thread: float  # of what is counted
     shared_operations_per_weight: float
     seconds: dict[str, float]  # for a weight of the whole problem: of "memory", "issue" and, of matmul, "MMA"
     opcodes: collections.Counter[str]  # of the whole kernel, by stem
+    accesses: collections.Counter[str]  # to global memory in the whole kernel, with their width: "LDG.E.128", ...
     ptx: str = dataclasses.field(repr=False)
 
     @property
@@ -158,9 +160,11 @@ def cost(problem: Problem) -> Cost:
         num_warps=launch.num_warps,
         programs=resident_programs(problem.capability, sass.registers, launch.shared_bytes, launch.num_warps),
         instructions_per_weight=per_weight,
+        weights_per_thread=1 / threads_per_weight,
         shared_operations_per_weight=sum(opcodes[name] for name in SHARED_OPCODES) * threads_per_weight,
         seconds=_seconds(problem, scheme, per_weight, block_m),
         opcodes=sass.opcodes,
+        accesses=sass.accesses,
         ptx=launch.ptx,
     )
 

@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--tokens", nargs="+", type=positive_int, metavar="M", help="default: powers of two up to 1024")
     tune.add_argument("--minutes", type=float, default=30, help="begin no new problem after; default 30")
-    tune.add_argument("--out", type=pathlib.Path, metavar="FILE", help="the table (default: the one that is looked into)")
+    tune.add_argument(
+        "--out", type=pathlib.Path, metavar="FILE", help="the table (default: the one that is looked into)"
+    )
     tune.set_defaults(run=_tune)
     return parser
 

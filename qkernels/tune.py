@@ -72,7 +72,9 @@ def tiles(problem: Problem, device: Device) -> list[Config]:
             if 16 <= block_m * block_n // (32 * num_warps) <= 128:  # sums that a thread keeps
                 for scaled in (False, True):
                     # at least two programs to a multiprocessor
-                    tile = MatmulConfig(block_m, block_n, 1, 1, num_warps, 3, min(255, 32768 // (32 * num_warps)), scaled)
+                    tile = MatmulConfig(
+                        block_m, block_n, 1, 1, num_warps, 3, min(255, 32768 // (32 * num_warps)), scaled
+                    )
                     found.append(dataclasses.replace(tile, splits=start.splits))
     if problem.tokens >= 32:
         found.append(choose.dense(problem.out_features, problem.in_features, dtype))
@@ -94,7 +96,9 @@ def pipelines(best: Config, problem: Problem) -> list[Config]:
         return []
     found: list[Config] = [dataclasses.replace(best, num_stages=n) for n in (2, 4, 5, 6)]
     found += [dataclasses.replace(best, blocks=2 * best.blocks, num_stages=n) for n in (2, 3)]
-    found += [dataclasses.replace(best, max_registers=n) for n in (96, 128, 168, 255) if n * 32 * best.num_warps <= 65536]
+    found += [
+        dataclasses.replace(best, max_registers=n) for n in (96, 128, 168, 255) if n * 32 * best.num_warps <= 65536
+    ]
     return _possible(found, problem.parsed, problem.torch_dtype)
 
 
@@ -233,7 +237,9 @@ def problems(
                     yield Problem(m, out_features, in_features, str(Scheme.parse(scheme)), dtype)
 
 
-def run(wanted: Sequence[Problem], path: pathlib.Path | None, seconds: float, say: Callable[[str], None]) -> pathlib.Path:
+def run(
+    wanted: Sequence[Problem], path: pathlib.Path | None, seconds: float, say: Callable[[str], None]
+) -> pathlib.Path:
     """Tune for problems until the time is up, writing the table after each; entries for others stay.
 
     Args:

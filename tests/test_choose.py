@@ -107,14 +107,18 @@ def test_the_workspace_is_bounded_and_passes_are_even() -> None:
 @pytest.mark.parametrize(
     ("scheme", "in_features", "fits", "wanted"),
     [
-        ("w4g128", 4096, True, QuantizeConfig(block_n=32, tile=128, num_warps=4)),
-        ("w4g16", 4096, True, QuantizeConfig(block_n=32, tile=128, num_warps=4)),
-        ("w3g16", 4096, True, QuantizeConfig(block_n=16, tile=256, num_warps=4)),
-        ("w4g48", 4096, False, QuantizeConfig(block_n=32, tile=128, num_warps=4)),
-        ("w4g48", 48, True, QuantizeConfig(block_n=32, tile=128, num_warps=4)),  # one group is a whole row
-        ("w4c", 8192, True, QuantizeConfig(block_n=1, tile=8192, num_warps=4)),
-        ("w4c", 8193, False, QuantizeConfig(block_n=32, tile=128, num_warps=4)),
-        ("w4t", 64, False, QuantizeConfig(block_n=32, tile=128, num_warps=4)),
+        ("w4g128", 4096, True, QuantizeConfig(block_n=16, line=128, tile=512, num_warps=4)),
+        ("w8g16", 4096, True, QuantizeConfig(block_n=16, line=128, tile=512, num_warps=4)),
+        ("w3g128", 4096, True, QuantizeConfig(block_n=16, line=256, tile=1024, num_warps=4)),
+        ("w3g256", 4096, True, QuantizeConfig(block_n=8, line=256, tile=1024, num_warps=4)),  # fewer: long groups
+        ("w4g1024", 4096, True, QuantizeConfig(block_n=8, line=128, tile=1024, num_warps=4)),
+        ("w4g128", 100, True, QuantizeConfig(block_n=64, line=128, tile=128, num_warps=4)),
+        ("w4g48", 4096, False, QuantizeConfig(block_n=16, line=128, tile=512, num_warps=4)),
+        ("w4g48", 48, True, QuantizeConfig(block_n=64, line=128, tile=128, num_warps=4)),  # one group is a whole row
+        ("w4c", 8192, True, QuantizeConfig(block_n=1, line=128, tile=8192, num_warps=4)),
+        ("w1cf", 8192, True, QuantizeConfig(block_n=1, line=256, tile=8192, num_warps=4)),
+        ("w4c", 8193, False, QuantizeConfig(block_n=16, line=128, tile=512, num_warps=4)),
+        ("w4t", 64, False, QuantizeConfig(block_n=64, line=128, tile=128, num_warps=4)),
     ],
 )
 def test_quantize(scheme: str, in_features: int, fits: bool, wanted: QuantizeConfig) -> None:

@@ -96,9 +96,7 @@ def _run(x: Tensor, weight: Weight, bias: Tensor | None, config: MatmulConfig, d
     return matmul_kernel.matmul(*tensors, weight.scheme, config).cpu()
 
 
-@pytest.mark.parametrize(
-    ("text", "splits"), [("w4g128", 2), ("w4g256", 3), ("w8g64s", 16), ("w3g48f", 2), ("w2c", 5)]
-)
+@pytest.mark.parametrize(("text", "splits"), [("w4g128", 2), ("w4g256", 3), ("w8g64s", 16), ("w3g48f", 2), ("w2c", 5)])
 def test_split_sums_are_exact(text: str, splits: int, device: str, path: str) -> None:
     """Any number of splits, also more than there are steps, and steps that do not divide by it; tails; bias once."""
     for in_features, tokens, dtype in ((620, 17, torch.bfloat16), (640, 1, torch.float16), (50, 1, torch.float16)):
@@ -140,9 +138,7 @@ def test_scaled_weights(text: str, dtype: torch.dtype, device: str, path: str) -
 
 @pytest.mark.parametrize("text", ["w4g128", "w8ts", "w3g48f", "w2c"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dense_product_in_passes(
-    text: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dense_product_in_passes(text: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tokens: the weight is dequantized some rows at a time, each pass into the same workspace."""
     monkeypatch.setattr(ops.choose, "matmul_on", lambda *_: DenseConfig(rows=16))
     weight, x, bias = exact_weight(text, 37, 300), signs(50, 300, dtype), signs(1, 37, dtype)[0]

@@ -33,7 +33,9 @@ def test_stages_run_in_turn_and_are_summed_up(tmp_path: pathlib.Path) -> None:
         _stage("fails", "import sys; print('oh'); sys.exit(3)"),
         Stage("absent", ("no-such-program",), 1.0),
         _stage("endless", "print('begun', flush=True)\nwhile True: pass"),
-        Stage("told", (sys.executable, "-c", "import os; print(os.environ['WHAT'])"), 1.0, environment=(("WHAT", "x"),)),
+        Stage(
+            "told", (sys.executable, "-c", "import os; print(os.environ['WHAT'])"), 1.0, environment=(("WHAT", "x"),)
+        ),
     ]
     assert prove.run(chosen, tmp_path, seconds=15) == 3
     assert _statuses(tmp_path) == {

@@ -36,15 +36,18 @@ def group_fits_tile(scheme: Scheme, in_features: int) -> bool:
 
 
 def quantize(scheme: Scheme, in_features: int) -> QuantizeConfig:
-    """For the kernels of quantize.py: 64 weights for each thread of a program, in registers."""
+    """For the kernels of quantize.py: 128 threads for 64 lines of 128 or 256 weights, or for one row.
+
+    A thread keeps 64 weights, or 128 where lines are of 256; then groups longer than 128, all of whose weights are
+    float32 values at a time, get half as many lines.
+    """
     line = max(128, block_columns(scheme.bits))
     tile = max(line, min(4 * line, _power_of_two(in_features)))
     lines = 64
     if group_fits_tile(scheme, in_features):
         group = _power_of_two(scheme.group_length(in_features))
         tile = max(tile, group)
-        if group > 128 < line:
-            lines = 32
+        lines = 32 if group > 128 and line > 128 else 64
     return QuantizeConfig(block_n=max(1, lines * line // tile), line=line, tile=tile, num_warps=4)
 
 
