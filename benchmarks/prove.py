@@ -6,8 +6,8 @@
 
 Most important first. Each stage is a process of its own with a time limit; what it prints goes to DIR/<stage>.log, and
 DIR/summary.json is rewritten after each, so that a run that is cut off still tells. A stage that fails does not stop
-the next ones, but once a test has failed nothing is tuned or timed: a wrong kernel has no speed. The exit status is 1 if
-a stage failed.
+the next ones, but once a test has failed nothing is tuned or timed: a wrong kernel has no speed. The exit status is 1
+if a stage failed.
 """
 
 from __future__ import annotations
@@ -71,11 +71,15 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
     tuned = (("QKERNELS_CACHE", str(out)),)  # where tables.user_path looks for it
     return [
         Stage("exact", (*_PYTEST, "tests/test_gpu.py", "-k", "exact or equal"), 0.06, proof=True),
-        Stage("stress", module("benchmarks.stress", "--seconds", share(0.05), "--out", out / "stress.json"), 0.06, True),
+        Stage(
+            "stress", module("benchmarks.stress", "--seconds", share(0.05), "--out", out / "stress.json"), 0.06,
+            proof=True,
+        ),
         Stage("tests", (*_PYTEST, "tests", "--ignore=tests/test_compile.py"), 0.15, proof=True),
         Stage("quick", module("benchmarks.matmul", "--suite", "quick", "--out", out / "results"), 0.05),
         Stage(
-            "tune", module("qkernels.cli", "tune", "--minutes", share(0.2) / 60, "--out", table), 0.22, environment=tuned
+            "tune", module("qkernels.cli", "tune", "--minutes", share(0.2) / 60, "--out", table), 0.22,
+            environment=tuned,
         ),
         Stage("memcheck", sanitizer("memcheck"), 0.05, environment=_WATCHED),
         Stage("racecheck", sanitizer("racecheck"), 0.05, environment=_WATCHED),

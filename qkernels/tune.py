@@ -59,11 +59,11 @@ class Problem:
 # ---- candidates: pure ----
 
 
-def tiles(problem: Problem, device: Device) -> list[Config]:
-    """First round: the default, tiles that cover the tokens with little to spare, cuBLAS."""
+def tiles(best: Config, problem: Problem, device: Device) -> list[Config]:
+    """First round: the best so far, tiles that cover the tokens with little to spare, cuBLAS."""
     scheme, dtype = problem.parsed, problem.torch_dtype
     size = problem.tokens, problem.out_features, problem.in_features
-    found: list[Config] = [choose.heuristic(*size, scheme, dtype, device)]
+    found: list[Config] = [best]
     start = choose.fused(*size, scheme, dtype, device)
     found.append(start)
     enough = max(8, 1 << (problem.tokens - 1).bit_length())
@@ -81,7 +81,7 @@ def tiles(problem: Problem, device: Device) -> list[Config]:
     return _possible(found, scheme, dtype)
 
 
-def splits(best: Config, problem: Problem) -> list[Config]:
+def splits(best: Config, problem: Problem, device: Device) -> list[Config]:
     """Second round."""
     if isinstance(best, DenseConfig):
         return []
@@ -90,7 +90,7 @@ def splits(best: Config, problem: Problem) -> list[Config]:
     return [dataclasses.replace(best, splits=n) for n in wanted if n <= steps and n != best.splits]
 
 
-def pipelines(best: Config, problem: Problem) -> list[Config]:
+def pipelines(best: Config, problem: Problem, device: Device) -> list[Config]:
     """Third round: stages, blocks to a step, registers."""
     if isinstance(best, DenseConfig):
         return []
@@ -201,9 +201,9 @@ def best_of(problem: Problem, device: str = "cuda", seed: int = 0) -> tuple[tabl
         problem.tokens, problem.out_features, problem.in_features, problem.parsed, problem.torch_dtype, gpu
     )
     best = default
-    for round_of in (lambda: tiles(problem, gpu), lambda: splits(best, problem), lambda: pipelines(best, problem)):
+    for candidates in (tiles, splits, pipelines):
         proved = []
-        for config in round_of():
+        for config in candidates(best, problem, gpu):
             why = refusal(proof, wanted, problem, config)
             if why is None:
                 proved.append(config)
@@ -259,7 +259,8 @@ def run(
     device = device_of(torch.cuda.current_device())
     path = path or tables.user_path(device)
     entries = {_key(entry): entry for entry in (tables.read(path) if path.exists() else [])}
-    start, rows = time.perf_counter(), []
+    start = time.perf_counter()
+    rows: list[tuple[str, ...]] = []
     for problem in tqdm(wanted, desc="tuning", unit="problem"):
         if time.perf_counter() - start > seconds:
             say(f"time is up: {len(rows)} of {len(wanted)} problems tuned")

@@ -114,9 +114,8 @@ def test_unpacked_weights_do_not_go_through_shared_memory(pool: ProcessPoolExecu
     """Packed words and x do, once: far less than one operation for a weight."""
     problems = [Problem("matmul", "w4g128", target, "bfloat16") for target in (80, 89, 90, 120)]
     for cost in pool.map(static_cost.cost, problems):
+        # 16-bit weights would take at least 1/8 to store and 1/8 to load, each 16 bytes at a time.
         assert cost.shared_operations_per_weight < 0.2, cost.opcodes
-        # Transposing the small result, once, takes a few stores; weights would take some in each step for each slot.
-        assert cost.opcodes["STS"] <= 8, cost.opcodes
 
 
 def test_resident_programs() -> None:

@@ -17,8 +17,8 @@ from qkernels import ops, reference
 from qkernels.kernels import dequantize as dequantize_kernel
 from qkernels.kernels import matmul as matmul_kernel
 from qkernels.scheme import Scheme
-from qkernels.tuning.configs import DenseConfig, MatmulConfig
 from qkernels.tuning import choose
+from qkernels.tuning.configs import DenseConfig, MatmulConfig
 from tests import bounds, truth
 from tests.conftest import HAS_GPU
 from tests.helpers import ALL_MAPS, Weight, exact_weight, random_weight, signs

@@ -28,6 +28,7 @@ def _statuses(out: pathlib.Path) -> dict[str, object]:
 
 
 def test_stages_run_in_turn_and_are_summed_up(tmp_path: pathlib.Path) -> None:
+    told = (sys.executable, "-c", "import os; print(os.environ['WHAT'])")
     chosen = [
         _stage("proof", "print('fine')", proof=True),
         _stage("fails", "import sys; print('oh'); sys.exit(3)"),

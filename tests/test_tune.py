@@ -113,16 +113,17 @@ def test_a_broken_table_is_named(table: pathlib.Path, change: dict[str, object],
 @pytest.mark.parametrize("scheme", ["w4g128", "w3g64f", "w8c-bf16", "w4g128-bf16"])
 def test_candidates_are_possible_and_hold_the_default(tokens: int, scheme: str) -> None:
     problem = tune.Problem(tokens, 4096, 4096, scheme, "bfloat16")
-    found = tune.tiles(problem, H200)
-    assert found[0] == choose.heuristic(tokens, 4096, 4096, problem.parsed, torch.bfloat16, H200)
+    default = choose.heuristic(tokens, 4096, 4096, problem.parsed, torch.bfloat16, H200)
+    found = tune.tiles(default, problem, H200)
+    assert found[0] == default
     best = next(config for config in found if isinstance(config, MatmulConfig))
-    found += tune.splits(best, problem) + tune.pipelines(best, problem)
+    found += tune.splits(best, problem, H200) + tune.pipelines(best, problem, H200)
     for config in found:
         tables.check(config)
         assert tables.fits(config, problem.parsed, torch.bfloat16)
     assert any(isinstance(config, DenseConfig) for config in found) == (tokens >= 32)
     assert any(getattr(config, "scale_weights", False) for config in found) == (scheme == "w4g128-bf16")
-    assert tune.splits(DenseConfig(5), problem) == tune.pipelines(DenseConfig(5), problem) == []
+    assert tune.splits(DenseConfig(5), problem, H200) == tune.pipelines(DenseConfig(5), problem, H200) == []
 
 
 def test_wrong_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

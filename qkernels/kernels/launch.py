@@ -31,10 +31,11 @@ def has_ptx() -> bool:
 class Launch:
     """One way to launch a kernel: with these numbers, constants and options, on tensors of always the same dtypes.
 
-    Once it is compiled for a GPU, it goes without Triton's own processing of arguments, which takes far longer. All that
-    Triton specializes on is fixed here but the alignment of pointers: calls with a pointer that is no multiple of 16
-    are left to Triton. Work is queued on the current stream of the tensors' GPU; nothing is allocated or synchronized,
-    so a launch can be captured in a CUDA graph. Safe in threads: its one dictionary is read and written in single steps.
+    Once it is compiled for a GPU, it goes without Triton's own processing of arguments, which takes far longer. All
+    that Triton specializes on is fixed here but the alignment of pointers: calls with a pointer that is no multiple of
+    16 are left to Triton. Work is queued on the current stream of the tensors' GPU; nothing is allocated or
+    synchronized, so a launch can be captured in a CUDA graph. Safe in threads: its one dictionary is read and written
+    in single steps.
 
     Args:
         kernel: a function under triton.jit, whose parameters are tensors, then numbers, then constants.
