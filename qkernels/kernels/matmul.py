@@ -8,7 +8,8 @@ Shapes    x (M, K), packed (N, words) int32, scale and zero (groups, N), bias (N
 Numerics  code - zero is an exact integer in x's dtype, so products are exact and accumulate in float32; scales
           multiply the float32 sums, of each group or, where there is one group, at the end. One rounding, at the end.
           Offsets are centered on c, so that the two terms hardly cancel. float32 x multiplies in IEEE float32, without
-          tensor cores. With SCALE_WEIGHTS weights are scaled before they are multiplied, and rounded to x's dtype, as dequantize does.
+          tensor cores. With SCALE_WEIGHTS weights are scaled before they are multiplied, and rounded to x's dtype, as
+          dequantize does.
 Oracle    qkernels.reference.matmul      Tuning  qkernels.tuning.choose
 """
 
