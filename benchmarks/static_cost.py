@@ -204,7 +204,7 @@ def _launch(problem: Problem, scheme: Scheme) -> tuple[float, int]:
     packed = torch.empty(N, packing.packed_words(scheme.bits, K), dtype=torch.int32, device="meta")
     scale, zero = _scale_and_zero(scheme, N, K)
     if problem.kernel == "dequantize":
-        config = choose.dequantize()
+        config = choose.dequantize(dtype)
         dequantize.dequantize(packed, scale, zero, scheme, K, dtype, config)
         return config.num_warps * 32 / (config.block_n * config.block_k), 1
     x = torch.empty(problem.tokens, K, dtype=dtype, device="meta")

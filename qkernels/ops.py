@@ -104,7 +104,7 @@ def _dequantize_cuda(
     from qkernels.kernels import dequantize as kernel
 
     packed, scale, zero = packed.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
-    return kernel.dequantize(packed, scale, zero, parsed, in_features, dtype, choose.dequantize())
+    return kernel.dequantize(packed, scale, zero, parsed, in_features, dtype, choose.dequantize(dtype))
 
 
 def _dequantize_fake(

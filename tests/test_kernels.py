@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels import ops, reference
+from qkernels import ops, packing, reference
 from qkernels.kernels import dequantize as dequantize_kernel
 from qkernels.kernels import matmul as matmul_kernel
+from qkernels.kernels import quantize as quantize_kernel
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose
 from qkernels.tuning.configs import DenseConfig, MatmulConfig
@@ -295,6 +296,26 @@ def test_quantize_refuses_what_the_oracle_refuses(scheme: str, bad: float, devic
         _quantize(torch.full((3, 70), -1e8), scheme, device)
 
 
+@pytest.mark.parametrize("text", ["w4g48", "w8g16s", "w3g128f", "w4g32-bf16", "w2g32f-fp32", "w7cs"])
+def test_encode_clamps_what_given_scales_do_not_reach(text: str, device: str) -> None:
+    """Scales that were not found from the range of the weights: some clip, by a little or by far."""
+    scheme = Scheme.parse(text)
+    w = torch.randn(9, 300) * 3
+    w[2, 50:60] = torch.tensor([1e38, -1e38, 3e38, -3e38, 700.0, -700.0, 1e-40, -1e-40, 0.0, -0.0])
+    shape = scheme.scale_shape(9, 300)
+    scale = (torch.rand(shape) * 4 / scheme.code_max + 0.01).to(scheme.scale_dtype)
+    zero = None
+    if scheme.value_map == "affine":
+        zero = torch.randint(0, scheme.code_max + 1, shape, dtype=torch.uint8)
+    elif scheme.value_map == "offset":
+        zero = torch.randn(shape).to(scheme.scale_dtype)
+    code = reference.encode(w, scale, zero, scheme)
+    assert len({int(code.min()), int(code.max())} & {scheme.code_min, scheme.code_max}) == 2
+    operands = (w.to(device), scale.to(device), None if zero is None else zero.to(device))
+    found = quantize_kernel.encode(*operands, scheme, choose.quantize(scheme, 300))
+    assert torch.equal(found.cpu(), packing.pack(code, scheme.bits))
+
+
 def test_quantize_takes_any_view(device: str) -> None:
     w = torch.randn(48, 90).to(device)  # before it is sliced: copies to a GPU are dense
     for view in (w.T, w[:, 3:], w[::2], w[1:, ::3], w[:1].expand(5, 90)):
@@ -332,7 +353,7 @@ def test_dequantize_a_range_of_rows_into_a_given_tensor(text: str, device: str, 
         weight.scheme,
         2192,
         torch.float16,
-        choose.dequantize(),
+        choose.dequantize(torch.float16),
         out=out,
     )
     assert found is out

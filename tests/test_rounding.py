@@ -72,6 +72,29 @@ def test_quotients_by_eleven_bits(exponent: int, device: str) -> None:
     assert (np.abs(found) < 0.5)[np.abs(wanted) < 0.5].all()
 
 
+def _hardest(rng: np.random.Generator, count: int) -> tuple[Floats, Floats]:
+    """(w, divisor) of 24 bits whose quotients are as near to halfway between two float32s as any: by 1 / divisor."""
+    pairs = []
+    while len(pairs) < count:
+        divisor = int(rng.integers(2**22, 2**23)) * 2 + 1
+        # w * 2**bits = +-1 modulo divisor, so w * 2**bits / divisor is next to an odd integer of 25 bits.
+        for bits, sign in ((24, 1), (24, -1), (25, 1), (25, -1)):
+            w = sign * pow(2, -bits, divisor) % divisor
+            w += divisor if bits == 24 else 0
+            if 2**23 <= w < 2**24:
+                pairs.append((w, divisor))
+    w, divisor = np.array(pairs).T.astype(np.float32)
+    return w, divisor
+
+
+def test_the_hardest_quotients(device: str) -> None:
+    w, divisor = _hardest(np.random.default_rng(0), 20_000)
+    reciprocal = np.float32(1) / divisor
+    assert np.array_equal(_quotient(w, divisor, reciprocal, False, device), w / divisor)
+    off = _places(reciprocal, np.ones(w.size, np.int64))
+    assert (_quotient(w, divisor, off, False, device) != w / divisor).any()  # hard enough to see one place of it
+
+
 @pytest.mark.parametrize("exponent", [-60, 0, 60])
 def test_quotients_by_any_float32(exponent: int, device: str) -> None:
     rng = np.random.default_rng(exponent + 100)

@@ -249,6 +249,7 @@ def dequantize(
             # A tile of half as many lines as threads: 8 lanes for a thread, and Triton lets each load its own scale.
             STEP=max(1, 16 * config.num_warps // config.block_n),
             num_warps=config.num_warps,
+            maxnreg=config.max_registers,
             enable_fp_fusion=False,
         )  # fmt: skip
     return w

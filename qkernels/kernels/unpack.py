@@ -353,11 +353,11 @@ def _merge(
         return (word & mask) | bits
     elif isinstance(bits, tl.constexpr):
         # ptxas makes two instructions of `and` and `or` where both have an immediate operand.
-        asm: tl.constexpr = _and_or_asm(mask, bits)
-        return tl.inline_asm_elementwise(asm, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+        constant: tl.constexpr = _and_or_asm(mask, bits)
+        return tl.inline_asm_elementwise(constant, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        asm: tl.constexpr = _and_or_asm(mask, "$2")
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [word, bits], dtype=tl.int32, is_pure=True, pack=1)
+        variable: tl.constexpr = _and_or_asm(mask, "$2")
+        return tl.inline_asm_elementwise(variable, "=r,r,r", [word, bits], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.constexpr_function

@@ -51,9 +51,14 @@ def quantize(scheme: Scheme, in_features: int) -> QuantizeConfig:
     return QuantizeConfig(block_n=max(1, lines * line // tile), line=line, tile=tile, num_warps=4)
 
 
-def dequantize() -> DequantizeConfig:
-    """For the kernel of dequantize.py: one for all. The scales of 16 rows fill a sector of 32 bytes."""
-    return DequantizeConfig(block_n=16, block_k=1024, num_warps=4)
+def dequantize(dtype: torch.dtype) -> DequantizeConfig:
+    """For the kernel of dequantize.py and weights of that dtype. The scales of 16 rows fill a sector of 32 bytes.
+
+    Left to itself, ptxas spills a register of some float32 kernels for the sake of occupancy; but where it need not
+    care for that, it takes twice the registers that 16-bit ones need.
+    """
+    max_registers = 128 if dtype is torch.float32 else None
+    return DequantizeConfig(block_n=16, block_k=1024, num_warps=4, max_registers=max_registers)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -24,6 +24,7 @@ class DequantizeConfig:
     block_n: int
     block_k: int
     num_warps: int
+    max_registers: int | None  # that a thread may have; None is as many as ptxas likes
 
 
 @dataclasses.dataclass(frozen=True)
