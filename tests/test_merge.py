@@ -553,6 +553,21 @@ def test_a_graph_break_between_siblings() -> None:
             assert shared.traced is None
 
 
+def test_a_module_that_calls_a_sibling_between_the_calls() -> None:
+    class Inner(nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            return y * self.parent[0].up_proj(torch.ones(64))
+
+    apart, merged = _pair(Gated)
+    for model in (apart, merged):
+        model.act = Inner()
+        model.act.parent = [model]  # no submodule
+    with torch.no_grad():
+        wanted = apart(X)
+        assert torch.equal(merged(X), wanted)
+        assert torch.equal(_products_in_graphs(merged, X)[1], wanted)
+
+
 def test_exported_models() -> None:
     apart, merged = _pair(Parent, merge=True)
     for strict in (False, True):
