@@ -11,13 +11,15 @@ Numerics  float32 arithmetic without fused multiply-add, one rounding to w's dty
 Oracle    qkernels.reference.dequantize      Tuning  qkernels.tuning.choose
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import group_strides, has_ptx, on_device, program_of
+from qkernels.kernels.launch import Launch, group_strides, has_ptx, program_of
 from qkernels.kernels.unpack import (
     block_slots,
     chunk_slots,
@@ -215,6 +217,33 @@ def dequantize_kernel(
         )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    N: int,
+    K: int,
+    strides: tuple[int, ...],
+    groups: int,
+    dtypes: tuple[torch.dtype | None, ...],  # of scale, zero and w
+    scheme: Scheme,
+    config: DequantizeConfig,
+) -> Launch:
+    columns = packing.block_columns(scheme.bits)
+    tiles = triton.cdiv(K // columns, config.block_k // columns) + (K % columns != 0)
+    constants = {
+        "BITS": scheme.bits,
+        "GROUP": 0 if groups == 1 else scheme.group_length(K),
+        "VALUE_MAP": scheme.value_map,
+        "HAS_TAIL": K % columns != 0,
+        "PTX": has_ptx(),
+        "BLOCK_N": config.block_n,
+        "BLOCKS": config.block_k // columns,
+        # A tile of half as many lines as threads: 8 lanes for a thread, and Triton lets each load its own scale.
+        "STEP": max(1, 16 * config.num_warps // config.block_n),
+    }
+    options = {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
+    return Launch(dequantize_kernel, triton.cdiv(N, config.block_n) * tiles, (N, K, *strides), constants, options)
+
+
 def dequantize(
     packed: Tensor,
     scale: Tensor,
@@ -232,24 +261,8 @@ def dequantize(
     """
     N, K = packed.shape[0], in_features
     w = packed.new_empty((N, K), dtype=dtype) if out is None else out
-    columns = packing.block_columns(scheme.bits)
-    tiles = triton.cdiv(K // columns, config.block_k // columns) + (K % columns != 0)
-    with on_device(packed):
-        dequantize_kernel[(triton.cdiv(N, config.block_n) * tiles,)](
-            packed, scale, scale if zero is None else zero, w,
-            N, K,
-            packed.stride(0) // 4, *group_strides(scale), *group_strides(scale if zero is None else zero), w.stride(0),
-            BITS=scheme.bits,
-            GROUP=0 if scale.shape[0] == 1 else scheme.group_length(K),
-            VALUE_MAP=scheme.value_map,
-            HAS_TAIL=K % columns != 0,
-            PTX=has_ptx(),
-            BLOCK_N=config.block_n,
-            BLOCKS=config.block_k // columns,
-            # A tile of half as many lines as threads: 8 lanes for a thread, and Triton lets each load its own scale.
-            STEP=max(1, 16 * config.num_warps // config.block_n),
-            num_warps=config.num_warps,
-            maxnreg=config.max_registers,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    offsets = scale if zero is None else zero
+    strides = packed.stride(0) // 4, *group_strides(scale), *group_strides(offsets), w.stride(0)
+    dtypes = scale.dtype, None if zero is None else zero.dtype, w.dtype
+    _prepare(N, K, strides, scale.shape[0], dtypes, scheme, config)(packed, scale, offsets, w)
     return w

@@ -1,6 +1,5 @@
 """What every launch needs to know about where it runs."""
 
-import contextlib
 import functools
 from typing import Any
 
@@ -83,11 +82,6 @@ def _misaligned(pointers: list[int]) -> int:
     for pointer in pointers:
         either |= pointer
     return either & 15
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's GPU current: Triton launches on the current device and its current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 _INTERPRETED = triton.knobs.runtime.interpret

@@ -12,13 +12,16 @@ Numerics  float32, scales rounded up and offsets down to their storage dtype, IE
 Oracle    qkernels.reference.quantize      Tuning  qkernels.tuning.choose
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import group_strides, on_device, program_of
+from qkernels.kernels.launch import Launch, group_strides, program_of
 from qkernels.kernels.rounding import in_range, quotient, reciprocal_of, round_half_even, round_toward, scale_of
 from qkernels.kernels.unpack import chunk_slots, lane_bits, plane_bits, plane_count, plane_shift
 from qkernels.scheme import Scheme
@@ -357,37 +360,53 @@ def encode_kernel(
             )
 
 
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    kernel: Any,
+    N: int,
+    K: int,
+    strides: tuple[int, ...],
+    group: int,
+    dtypes: tuple[torch.dtype | None, ...],  # of w, scale and zero
+    scheme: Scheme,
+    config: QuantizeConfig,
+) -> Launch:
+    constants = {
+        "BITS": scheme.bits,
+        "GROUP": group,
+        "VALUE_MAP": scheme.value_map,
+        "HAS_TAIL": K % config.line != 0,
+        "BLOCK_N": config.block_n,
+        "LINES": config.tile // config.line,
+        "SLOTS": config.line // 16,
+    }
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+    programs = triton.cdiv(N, config.block_n) * triton.cdiv(K, config.tile)
+    return Launch(kernel, programs, (N, K, *strides), constants, options)
+
+
 def quantize(w: Tensor, scheme: Scheme, config: QuantizeConfig) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch only: (packed, scale, zero) of w with inner stride 1, where choose.group_fits_tile."""
     N, K = w.shape
-    packed = w.new_empty((N, packing.packed_words(scheme.bits, K)), dtype=torch.int32)
     scale = w.new_empty(scheme.scale_shape(N, K), dtype=scheme.scale_dtype)
     zero = None if scheme.zero_dtype is None else torch.empty_like(scale, dtype=scheme.zero_dtype)
     group = triton.next_power_of_2(scheme.group_length(K))
-    with on_device(w):
-        quantize_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.tile),)](
-            w, packed, scale, scale if zero is None else zero,
-            N, K,
-            w.stride(0), packed.stride(0) // 4, *group_strides(scale),
-            BITS=scheme.bits, GROUP=group, VALUE_MAP=scheme.value_map, HAS_TAIL=K % config.line != 0,
-            BLOCK_N=config.block_n, LINES=config.tile // config.line, SLOTS=config.line // 16,
-            num_warps=config.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return packed, scale, zero
+    return _run(quantize_kernel, w, scale, zero, group, scheme, config), scale, zero
 
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, config: QuantizeConfig) -> Tensor:
     """Launch only: packed codes of w with inner stride 1, for scales and zeros of any group length."""
+    group = 0 if scale.shape[0] == 1 else scheme.group_length(w.shape[1])
+    return _run(encode_kernel, w, scale, zero, group, scheme, config)
+
+
+def _run(
+    kernel: Any, w: Tensor, scale: Tensor, zero: Tensor | None, group: int, scheme: Scheme, config: QuantizeConfig
+) -> Tensor:
     N, K = w.shape
     packed = w.new_empty((N, packing.packed_words(scheme.bits, K)), dtype=torch.int32)
-    with on_device(w):
-        encode_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.tile),)](
-            w, packed, scale, scale if zero is None else zero,
-            N, K,
-            w.stride(0), packed.stride(0) // 4, *group_strides(scale),
-            BITS=scheme.bits, GROUP=0 if scale.shape[0] == 1 else scheme.group_length(K), VALUE_MAP=scheme.value_map,
-            HAS_TAIL=K % config.line != 0,
-            BLOCK_N=config.block_n, LINES=config.tile // config.line, SLOTS=config.line // 16,
-            num_warps=config.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    strides = w.stride(0), packed.stride(0) // 4, *group_strides(scale)
+    dtypes = w.dtype, scale.dtype, None if zero is None else zero.dtype
+    launch = _prepare(kernel, N, K, strides, group, dtypes, scheme, config)
+    launch(w, packed, scale, scale if zero is None else zero)
     return packed
