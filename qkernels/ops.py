@@ -151,11 +151,20 @@ def _matmul_cuda(
         return y if bias is None else y + bias.to(x.dtype)
     if tokens.stride(-1) != 1:
         tokens = tokens.contiguous()
-    packed, scale, zero = packed.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
+    packed, scale, zero = packed.contiguous(), *_with_equal_strides(scale, zero)
     bias = None if bias is None else bias.contiguous()
     config = choose.matmul_on(tokens.shape[0], out_features, in_features, scheme, x.dtype, x.get_device())
     y = multiply(tokens, packed, scale, zero, bias, parsed, config)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+def _with_equal_strides(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As the matmul kernel takes them: dense along N. Rows of a larger weight, scale[:, a:b], are not copied."""
+    if scale.is_contiguous() and (zero is None or zero.is_contiguous()):
+        return scale, zero
+    if scale.stride(1) == 1 and (zero is None or zero.stride() == scale.stride()):
+        return scale, zero
+    return scale.contiguous(), None if zero is None else zero.contiguous()
 
 
 def multiply(
@@ -167,7 +176,7 @@ def multiply(
     scheme: Scheme,
     config: MatmulConfig | DenseConfig,
 ) -> Tensor:
-    """y (M, N) as a configuration says, unchecked: x (M, K) with inner stride 1, the others contiguous, none empty."""
+    """y (M, N) as a configuration says, unchecked; x has inner stride 1, the others as `_matmul_cuda` has them."""
     if isinstance(config, MatmulConfig):
         from qkernels.kernels import matmul
 
@@ -186,7 +195,7 @@ def multiply(
         row_scale = scale if scale.shape[1] == 1 else scale[:, rows]
         row_zero = zero if zero is None or zero.shape[1] == 1 else zero[:, rows]
         dequantize.dequantize(
-            packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(), out=w
+            packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(x.dtype), out=w
         )
         if bias is None:
             torch.mm(x, w.T, out=y[:, rows])

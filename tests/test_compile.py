@@ -39,7 +39,7 @@ def _check(problem: Problem, cost: Cost) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_matmul(target: int, bits: int, pool: ProcessPoolExecutor) -> None:
     start = TARGETS.index(target) + bits
-    turns = zip(*(itertools.cycle(c) for c in (GROUPS, DTYPES, (1, 33, 16))), strict=True)
+    turns = zip(*(itertools.cycle(c) for c in (GROUPS, DTYPES, (1, 33, 16, 17, 8))), strict=True)
     turns = itertools.islice(turns, start, None)
     suffixes = [suffix for b, suffix in ALL_MAPS if b == bits]
     problems = [

@@ -220,6 +220,21 @@ def test_views_of_activations(device: str) -> None:
     assert torch.equal(_matmul(expanded, weight, None, device), expected[:1].expand(4, 9))
 
 
+@pytest.mark.parametrize("text", ["w4g64", "w4g64s", "w3g32f", "w8c", "w4t"])
+@pytest.mark.parametrize("tokens", [3, 500])
+def test_a_range_of_rows(text: str, tokens: int, device: str) -> None:
+    """Rows of a larger weight: scales and zeros with gaps; fused, and dequantized first."""
+    weight, x = exact_weight(text, 40, 128), signs(tokens, 128, torch.float16)
+    expected = truth.rounded(truth.as_array(x) @ weight.values.T, torch.float16)
+    packed, scale, zero = weight.args(device)
+    shared = scale.shape[1] == 1
+    y = ops._matmul_cuda(
+        x.to(device), packed[8:24], scale if shared else scale[:, 8:24],
+        zero if zero is None or shared else zero[:, 8:24], None, text, 128,
+    )  # fmt: skip
+    assert torch.equal(y.cpu(), expected[:, 8:24])
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 64), (3, 0, 64), (3, 5, 0)])
 def test_empty_products(shape: tuple[int, int, int], device: str) -> None:
     M, N, K = shape

@@ -221,6 +221,7 @@ def _prepare(
     stride_x_m: int,
     groups: int,
     scale_columns: int,  # N, or 1 where all rows share a scale
+    stride_scale_g: int,
     dtypes: tuple[torch.dtype | None, ...],  # of x, scale, zero and bias
     scheme: Scheme,
     config: MatmulConfig,
@@ -231,8 +232,8 @@ def _prepare(
     split_steps = max(1, -(-steps // config.splits))
     splits = max(1, -(-steps // split_steps))  # none is empty
     numbers = (
-        M, N, K, split_steps, stride_x_m, packing.packed_words(scheme.bits, K),
-        scale_columns, 1 if scale_columns > 1 else 0,
+        M, N, K, split_steps, stride_x_m, packing.packed_words(scheme.bits, K), stride_scale_g,
+        1 if scale_columns > 1 else 0,
     )  # fmt: skip
     constants = {
         "BITS": scheme.bits,
@@ -261,10 +262,13 @@ def matmul(
     scheme: Scheme,
     config: MatmulConfig,
 ) -> Tensor:
-    """Launch only: x (M, K) with inner stride 1, everything else contiguous, M, N and K at least 1."""
+    """Launch only: M, N and K at least 1; x with inner stride 1, packed and bias contiguous.
+
+    Rows of scale and zero are dense, one after the other or, in both, with equal gaps.
+    """
     (M, K), N = x.shape, packed.shape[0]
     dtypes = x.dtype, scale.dtype, None if zero is None else zero.dtype, None if bias is None else bias.dtype
-    splits, launch = _prepare(M, N, K, x.stride(0), *scale.shape, dtypes, scheme, config)
+    splits, launch = _prepare(M, N, K, x.stride(0), *scale.shape, scale.stride(0), dtypes, scheme, config)
     y = x.new_empty((M, N)) if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
     # Where there is no zero or bias, any tensor stands in for it.
     launch(x, packed, scale, scale if zero is None else zero, scale if bias is None else bias, y)
