@@ -229,8 +229,13 @@ def dequantize(
 
     The rows of packed and out are dense, one after the other or with gaps; scale and zero may have any strides, so that
     a range of rows is packed[a:b], scale[:, a:b] and zero[:, a:b].
+
+    Raises:
+        ValueError: the rows of packed are not whole runs of 16 bytes apart, as packing.py makes them.
     """
     N, K = packed.shape[0], in_features
+    if N > 1 and packed.stride(0) % 4:
+        raise ValueError(f"rows of packed must be a multiple of 4 words apart, got {packed.stride(0)}")
     w = packed.new_empty((N, K), dtype=dtype) if out is None else out
     columns = packing.block_columns(scheme.bits)
     tiles = triton.cdiv(K // columns, config.block_k // columns) + (K % columns != 0)

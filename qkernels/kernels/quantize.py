@@ -5,10 +5,15 @@
     offset      offset = low, scale = (high - offset) / code_max
     code        = clamp(rint(w / scale) + zero), or clamp(rint((w - offset) / scale))
 
+A tile is lines of 128 or 256 neighbouring weights of a row, as 16 columns, the lanes, of 8 or 16 slots. A thread holds 8
+lanes of every slot of its line (4 where the weights are float32), so that it finds ranges with one neighbour's help and
+packs words alone. Its codes are never integers of their own: 1.5 * 2**23 + rint(w / scale) is a float32 whose bits are a
+sum of a constant and the code, and such bits are shifted and summed into words.
+
 Shapes    w (N, K), packed (N, words) int32, scale and zero (groups, N); N and K at least 1.
-Numerics  float32, scales rounded up and offsets down to their storage dtype, IEEE division, ties to even, no fused
-          multiply-add: scales, zeros and codes equal the oracle's bit for bit. A group that holds NaN or infinity gets
-          a NaN scale, for the caller to find.
+Numerics  float32, scales rounded up and offsets down to their storage dtype, quotients that equal IEEE division's
+          (rounding.py), ties to even, no fused multiply-add but in those: scales, zeros and codes equal the oracle's
+          bit for bit. A group that holds NaN or infinity gets a NaN scale, for the caller to find.
 Oracle    qkernels.reference.quantize      Tuning  qkernels.tuning.choose
 """
 
