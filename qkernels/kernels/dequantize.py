@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import group_strides, has_ptx, on_device, program_of
+from qkernels.kernels.launch import group_strides, has_ptx, on_device, short_program_of
 from qkernels.kernels.unpack import (
     block_slots,
     chunk_slots,
@@ -197,7 +197,7 @@ def dequantize_kernel(
     BLOCKS: tl.constexpr,  # packed blocks of a row that a program takes
     STEP: tl.constexpr,  # and how many of them at a time
 ):
-    n_block, k_block = program_of(N, BLOCK_N)
+    n_block, k_block = short_program_of(N, BLOCK_N)
     n_start = n_block * BLOCK_N
     first = k_block * BLOCKS
     if not HAS_TAIL or first < K // (16 * block_slots(BITS)):
