@@ -377,6 +377,15 @@ def test_dequantize_a_range_of_rows_into_a_given_tensor(text: str, device: str, 
     assert int(torch.isnan(canvas).sum()) == canvas.numel() - out.numel()
 
 
+def test_dequantize_refuses_rows_that_do_not_begin_a_run_of_words(device: str) -> None:
+    weight = random_weight("w4cs", 4, 128)
+    apart = torch.zeros(4, 18, dtype=torch.int32, device=device)[:, :16]
+    with pytest.raises(ValueError, match="multiple of 4 words apart, got 18"):
+        dequantize_kernel.dequantize(
+            apart, weight.scale.to(device), None, weight.scheme, 128, torch.float16, choose.dequantize(torch.float16)
+        )
+
+
 def test_offsets_of_another_dtype_than_the_scales(device: str) -> None:
     """Formats store them so: float32 offsets beside float16 scales."""
     weight = exact_weight("w4g32f", 9, 96)

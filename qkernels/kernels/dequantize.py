@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import Launch, group_strides, has_ptx, program_of
+from qkernels.kernels.launch import Launch, group_strides, has_ptx, short_program_of
 from qkernels.kernels.unpack import (
     block_slots,
     chunk_slots,
@@ -199,7 +199,7 @@ def dequantize_kernel(
     BLOCKS: tl.constexpr,  # packed blocks of a row that a program takes
     STEP: tl.constexpr,  # and how many of them at a time
 ):
-    n_block, k_block = program_of(N, BLOCK_N)
+    n_block, k_block = short_program_of(N, BLOCK_N)
     n_start = n_block * BLOCK_N
     first = k_block * BLOCKS
     if not HAS_TAIL or first < K // (16 * block_slots(BITS)):
@@ -258,8 +258,13 @@ def dequantize(
 
     The rows of packed and out are dense, one after the other or with gaps; scale and zero may have any strides, so that
     a range of rows is packed[a:b], scale[:, a:b] and zero[:, a:b].
+
+    Raises:
+        ValueError: the rows of packed are not whole runs of 16 bytes apart, as packing.py makes them.
     """
     N, K = packed.shape[0], in_features
+    if N > 1 and packed.stride(0) % 4:
+        raise ValueError(f"rows of packed must be a multiple of 4 words apart, got {packed.stride(0)}")
     w = packed.new_empty((N, K), dtype=dtype) if out is None else out
     offsets = scale if zero is None else zero
     strides = packed.stride(0) // 4, *group_strides(scale), *group_strides(offsets), w.stride(0)

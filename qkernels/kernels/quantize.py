@@ -5,10 +5,15 @@
     offset      offset = low, scale = (high - offset) / code_max
     code        = clamp(rint(w / scale) + zero), or clamp(rint((w - offset) / scale))
 
+A tile is lines of 128 or 256 neighbouring weights of a row, as 16 columns, the lanes, of 8 or 16 slots. A thread holds
+8 lanes of every slot of its line (4 where the weights are float32), so that it finds ranges with a neighbour's help and
+packs words alone. Its codes are never integers of their own: 1.5 * 2**23 + rint(w / scale) is a float32 whose bits are
+a sum of a constant and the code, and such bits are shifted and summed into words.
+
 Shapes    w (N, K), packed (N, words) int32, scale and zero (groups, N); N and K at least 1.
-Numerics  float32, scales rounded up and offsets down to their storage dtype, IEEE division, ties to even, no fused
-          multiply-add: scales, zeros and codes equal the oracle's bit for bit. A group that holds NaN or infinity gets
-          a NaN scale, for the caller to find.
+Numerics  float32, scales rounded up and offsets down to their storage dtype, quotients that equal IEEE division's
+          (rounding.py), ties to even, no fused multiply-add but in those: scales, zeros and codes equal the oracle's
+          bit for bit. A group that holds NaN or infinity gets a NaN scale, for the caller to find.
 Oracle    qkernels.reference.quantize      Tuning  qkernels.tuning.choose
 """
 
@@ -21,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import Launch, group_strides, program_of
+from qkernels.kernels.launch import Launch, group_strides, short_program_of
 from qkernels.kernels.rounding import in_range, quotient, reciprocal_of, round_half_even, round_toward, scale_of
 from qkernels.kernels.unpack import chunk_slots, lane_bits, plane_bits, plane_count, plane_shift
 from qkernels.scheme import Scheme
@@ -231,7 +236,7 @@ def quantize_kernel(
 ):
     CHUNK: tl.constexpr = _smaller(SLOTS, GROUP // 16)  # slots of a line that share a scale
     dtype = scale_ptr.dtype.element_ty
-    n_block, k_block = program_of(N, BLOCK_N)
+    n_block, k_block = short_program_of(N, BLOCK_N)
     line = tl.arange(0, BLOCK_N * LINES)
     n = n_block * BLOCK_N + line // LINES
     line = k_block * LINES + line % LINES  # of its row
@@ -318,7 +323,7 @@ def encode_kernel(
     """Codes for scales and zeros that are already there: for groups that do not fit a tile."""
     CHUNK: tl.constexpr = chunk_slots(SLOTS, GROUP)
     dtype = scale_ptr.dtype.element_ty
-    n_block, k_block = program_of(N, BLOCK_N)
+    n_block, k_block = short_program_of(N, BLOCK_N)
     line = tl.arange(0, BLOCK_N * LINES)
     n = n_block * BLOCK_N + line // LINES
     line = k_block * LINES + line % LINES  # of its row
