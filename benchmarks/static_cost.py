@@ -211,6 +211,9 @@ def _launch(problem: Problem, scheme: Scheme) -> tuple[float, int]:
     gpu = GPUS[problem.capability]
     device = Device(gpu.name, problem.capability, gpu.multiprocessors)
     matmul_config = problem.config or choose.fused(problem.tokens, N, K, scheme, dtype, device)
+    # Of one step alone the compiler makes no loop, and there would be nothing to count.
+    steps = K // (matmul_config.blocks * packing.block_columns(scheme.bits))
+    matmul_config = dataclasses.replace(matmul_config, splits=min(matmul_config.splits, max(1, steps // 2)))
     matmul.matmul(x, packed, scale, zero, None, scheme, matmul_config)
     block_k = matmul_config.blocks * packing.block_columns(scheme.bits)
     return matmul_config.num_warps * 32 / (matmul_config.block_n * block_k), matmul_config.block_m

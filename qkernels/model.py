@@ -138,7 +138,7 @@ def quantize_model(
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours.
-        merge: whether siblings that read one input are multiplied in one launch, with the same results: q_proj, k_proj
+        merge: whether siblings that read one input are multiplied in one launch, with the same weights: q_proj, k_proj
             and v_proj of one parent, and gate_proj and up_proj; or the names of siblings, such as [("w1", "w3")]. Those
             that cannot be merged (one scale per tensor, different schemes) stay apart; the report says why.
         progress: whether to show a progress bar.

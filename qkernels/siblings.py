@@ -1,7 +1,8 @@
 """Sibling layers that read one input (q_proj, k_proj and v_proj; gate_proj and up_proj), multiplied in one launch.
 
 Rows of a quantized weight do not know each other, so the codes, scales and zeros of several layers stacked are exactly
-their weights; only one scale for a whole tensor cannot be stacked. The siblings stay where their parent looks for
+their weights; only one scale for a whole tensor cannot be stacked. Results on a CPU keep every bit; on a GPU the wider
+product may split K elsewhere, and so add up in another order, within the same bound. The siblings stay where their parent looks for
 them, each a `MergedLinear`, and own a `MergedWeight` together. A state_dict shows each with its own rows, under the
 names it always had: files do not know about merging.
 
@@ -17,7 +18,7 @@ take theirs, under conditions that leave no room for a stale or foreign product:
 - Where torch counts no versions (inference mode, and torch.compile, which sees a graph of pure functions), only if the
   source of the parent's forward shows that nothing between the calls can change the input: source.py.
 
-Everywhere else a sibling multiplies its own rows: the same result, launches as before. Siblings that three times in a
+Everywhere else a sibling multiplies its own rows, with launches as before. Siblings that three times in a
 row leave rows untaken do not read one input after all: they stop being multiplied together, with a warning.
 """
 
@@ -330,7 +331,7 @@ class Merged:
 
 
 def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS) -> Merged:
-    """Let sibling QuantLinears that read one input be multiplied in one launch, in place; results keep every bit.
+    """Let sibling QuantLinears that read one input be multiplied in one launch, in place; weights keep every bit.
 
     Args:
         model: a quantized model.

@@ -16,6 +16,9 @@ from torch import Tensor
 import qkernels
 from qkernels import ops, reference
 from qkernels.scheme import Scheme
+from qkernels.tuning import choose
+from qkernels.tuning.configs import DenseConfig
+from qkernels.tuning.devices import device_of
 from tests import bounds, truth
 from tests.helpers import ALL_MAPS, Weight, exact_weight, random_weight, signs
 
@@ -69,8 +72,27 @@ def test_bound_on_tensor_cores(text: str, dtype: torch.dtype) -> None:
         assert (error <= bounds.matmul(exact, magnitude, 4096, weight.groups, dtype)).all()
 
 
-def test_a_thousand_runs_have_the_same_bits() -> None:
-    weight, x = random_weight("w4g64", 1024, 2048), torch.randn(7, 2048, dtype=torch.float16, device="cuda")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", ["w4g128", "w8cs", "w3g64f", "w4tf"])
+def test_many_tokens_hold_their_bound(text: str, dtype: torch.dtype) -> None:
+    """Past the fused kernel: weights are rounded to x's dtype, and cuBLAS multiplies."""
+    tokens = choose.most_fused_tokens(dtype, device_of(torch.cuda.current_device())) + 40
+    assert isinstance(choose.matmul_on(tokens, 300, 1000, text, dtype, torch.cuda.current_device()), DenseConfig)
+    weight, x = random_weight(text, 300, 1000), torch.randn(tokens, 1000).to(dtype)
+    bias = torch.randn(300).to(dtype)
+    x64, b64 = truth.as_array(x), truth.as_array(bias)
+    exact = x64 @ weight.values.T + b64
+    magnitude = bounds.matmul_magnitude(x64, weight.values, b64)
+    args = weight.args("cuda")
+    y = ops.matmul(x.cuda(), *args, bias.cuda(), text, 1000)
+    # cuBLAS may add up partial sums of K in x's dtype.
+    allowed = bounds.matmul(exact, magnitude, 1000, 1, dtype, rounded_weights=True) + 2 * bounds.UNIT[dtype] * magnitude
+    assert (np.abs(truth.as_array(y) - exact) <= allowed).all()
+
+
+@pytest.mark.parametrize("tokens", [7, 100, 1000])
+def test_a_thousand_runs_have_the_same_bits(tokens: int) -> None:
+    weight, x = random_weight("w4g64", 1024, 2048), torch.randn(tokens, 2048, dtype=torch.float16, device="cuda")
     tensors = weight.args("cuda")
     first = ops.matmul(x, *tensors, None, "w4g64", 2048)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -111,6 +133,20 @@ def test_graph_replays_with_changed_inputs() -> None:
             x.copy_(fresh)
             graph.replay()
             assert torch.equal(y.cpu(), truth.rounded(truth.as_array(fresh) @ weight.values.T, torch.bfloat16))
+
+
+def test_first_call_inside_a_graph_capture() -> None:
+    """Kernels of a scheme that nothing else here uses are compiled, loaded and prepared during the capture."""
+    for tokens in (3, 1000):
+        weight, x = exact_weight("w6g80", 72, 400), signs(tokens, 400, torch.float16)
+        tensors, source = weight.args("cuda"), x.cuda()
+        torch.mm(source, source.T)  # cuBLAS wants to be loaded before
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            y = ops.matmul(source, *tensors, None, "w6g80", 400)
+        graph.replay()
+        assert torch.equal(y.cpu(), truth.rounded(truth.as_array(x) @ weight.values.T, torch.float16))
 
 
 def test_other_device_than_the_current_one() -> None:

@@ -21,7 +21,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def _operands(rows: int = 64, in_features: int = 256, tokens: int = 1) -> tuple[torch.Tensor, ...]:
+def _operands(rows: int = 64, in_features: int = 4096, tokens: int = 1) -> tuple[torch.Tensor, ...]:
     return (
         torch.randn(tokens, in_features).half(),
         torch.zeros(rows, in_features // 8, dtype=torch.int32),
@@ -51,14 +51,14 @@ def _launches() -> dict[str, Any]:
     def launches_of(x: torch.Tensor, *weight: torch.Tensor) -> tuple[list[tuple[str, int]], list[str]]:
         driver.clear()
         slow.clear()
-        ops._matmul_cuda(x, *weight, None, "w4g128", x.shape[-1])
+        ops._matmul_cuda(x, *weight, None, "w4g128", 4096)
         return [(launch.name, launch.grid[0]) for launch in driver], list(slow)
 
     with mock.patch.object(type(kernel.matmul_kernel), "run", counted), compile_only(90) as driver:
         x, *weight = _operands()
         found["first"] = launches_of(x, *weight)
         found["second"] = launches_of(x.clone(), *weight)
-        shifted = torch.zeros(257).half()[1:].view(1, 256)
+        shifted = torch.zeros(4097).half()[1:].view(1, 4096)
         found["misaligned"] = launches_of(shifted, *weight)
         found["misaligned again"] = launches_of(shifted, *weight)
         found["aligned after"] = launches_of(x, *weight)
@@ -75,7 +75,7 @@ def _launches() -> dict[str, Any]:
 
 def test_arguments_are_processed_once(pool: ProcessPoolExecutor) -> None:
     found = pool.submit(_launches).result()
-    both = [("matmul_kernel", 2), ("reduce_kernel", 1)]  # two steps of K, one split for each
+    both = [("matmul_kernel", 16), ("reduce_kernel", 1)]  # one block of rows, K in 16 splits
     names = [name for name, _ in both]
     assert found["first"] == (both, names)
     assert found["second"] == (both, [])

@@ -128,11 +128,12 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     if dtype is torch.float32:
         return MatmulConfig(16, 64, blocks=1, splits=1, num_warps=4, num_stages=3, max_registers=255)
     step = block_columns(scheme.bits)
-    light = len(PLANES[scheme.bits]) == 1 and not _short_chunks(scheme)
+    short, offset = _short_chunks(scheme), scheme.value_map == "offset"
+    light = len(PLANES[scheme.bits]) == 1 and not short
     block_m = 8 if tokens <= 8 else 16
-    if tokens > 16 and step < 256:
+    if tokens > 16 and step < 256 and not (short and offset):
         block_m = 32
-    if tokens > 32 and step < 256 and light and scheme.value_map != "offset":
+    if tokens > 32 and step < 256 and light and not offset:
         block_m = 64
     num_warps = 1 if light and block_m <= 16 else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
