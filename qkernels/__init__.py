@@ -7,10 +7,11 @@ report = qkernels.quantize_model(model, "w4g128")
 
 from qkernels.checkpoint import load, save
 from qkernels.formats.native import FormatError
+from qkernels.merge import merge_siblings
 from qkernels.model import QuantizationReport, quantize_model
 from qkernels.nn import QuantLinear
 from qkernels.scheme import Scheme
-from qkernels.siblings import MergedLinear, merge_siblings
+from qkernels.siblings import MergedLinear
 from qkernels.tensor import QTensor, QuantizationError, quantize
 
 __all__ = [

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from qkernels.formats import native
 from qkernels.formats.native import FormatError, Path
+from qkernels.merge import merge_siblings
 from qkernels.nn import QuantLinear, places, put
-from qkernels.siblings import MergedLinear, merge_siblings
+from qkernels.siblings import MergedLinear
 from qkernels.tensor import QTensor
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from qkernels import reference, tables
 from qkernels.checks import DTYPES
+from qkernels.merge import SIBLINGS, Merged, check_groups, merge_siblings
 from qkernels.nn import QuantLinear, places, put
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.siblings import SIBLINGS, Merged, check_groups, merge_siblings
 from qkernels.tensor import QuantizationError
 
 # The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.

@@ -1,10 +1,10 @@
 """Sibling layers that read one input (q_proj, k_proj and v_proj; gate_proj and up_proj), multiplied in one launch.
 
 Rows of a quantized weight do not know each other, so the codes, scales and zeros of several layers stacked are exactly
-their weights; only one scale for a whole tensor cannot be stacked. Results on a CPU keep every bit; on a GPU the wider
-product may split K elsewhere, and so add up in another order, within the same bound. The siblings stay where their parent looks for
-them, each a `MergedLinear`, and own a `MergedWeight` together. A state_dict shows each with its own rows, under the
-names it always had: files do not know about merging.
+their weights; only one scale for a whole tensor cannot be stacked. The wider product may add up in another
+order (on a GPU, K may be split elsewhere): results agree within the bound of either. The siblings stay where their
+parent looks for them, each a `MergedLinear`, and own a `MergedWeight` together. A state_dict shows each with its own
+rows, under the names it always had: files do not know about merging. merge.py puts them into a model.
 
 The parent's forward stays as it is and calls its siblings one by one. The first call multiplies all rows and the others
 take theirs, under conditions that leave no room for a stale or foreign product:
@@ -28,17 +28,16 @@ import dataclasses
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels import ops, source
-from qkernels.nn import QuantLinear, keep_dtypes, places, put
+from qkernels import ops
+from qkernels.nn import QuantLinear, keep_dtypes
 from qkernels.tensor import QTensor
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _PATIENCE = 3  # calls of the parent in a row that leave rows untaken
 
 
@@ -287,7 +286,7 @@ def _state(x: Tensor, shared: MergedWeight, scope: _Scope, hooked: bool) -> tupl
     return version, autocast, torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
-def _open(parent: nn.Module, args: Any) -> None:
+def open_scope(parent: nn.Module, args: Any) -> None:
     """Forward pre-hook of a parent."""
     if not torch.compiler.is_compiling():
         _threads.scopes.append(_Scope(parent))
@@ -300,7 +299,7 @@ def _open(parent: nn.Module, args: Any) -> None:
                 child.shared.compiling_parent = "forward" not in vars(parent) and type(parent).forward is proved
 
 
-def _close(parent: nn.Module, args: Any, result: Any) -> None:
+def close_scope(parent: nn.Module, args: Any, result: Any) -> None:
     """Forward hook of a parent, also called when its forward raises."""
     if torch.compiler.is_compiling():
         for child in parent.children():
@@ -309,112 +308,3 @@ def _close(parent: nn.Module, args: Any, result: Any) -> None:
                 child.shared.compiling_parent = False
     elif _threads.scopes and _threads.scopes[-1].parent is parent:
         _threads.scopes.pop().close()
-
-
-# ---- merging the layers of a model ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """What merge_siblings did.
-
-    Attributes:
-        groups: names of layers that share a launch now.
-        apart: (names of siblings, why they, or some of them, do not).
-        not_proved: those of the groups whose parent's source does not show that they read one unchanging input: in
-            inference mode and under torch.compile they do not share a launch.
-    """
-
-    groups: tuple[tuple[str, ...], ...]
-    apart: tuple[tuple[tuple[str, ...], str], ...]
-    not_proved: tuple[tuple[str, ...], ...]
-
-
-def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS) -> Merged:
-    """Let sibling QuantLinears that read one input be multiplied in one launch, in place; weights keep every bit.
-
-    Args:
-        model: a quantized model.
-        groups: attribute names of siblings in one parent, such as ("q_proj", "k_proj", "v_proj").
-
-    Siblings of different schemes, input sizes or devices, with and without bias, or that sit in several places, stay
-    apart, and so do those with one scale for the whole tensor: the result says why. Merged ones stay as they are.
-    """
-    merged, apart, not_proved = [], [], []
-    where = places(model)
-    for parent_name, parent in model.named_modules():
-        for names in check_groups(groups):
-            found = {n: getattr(parent, n) for n in names if type(parent._modules.get(n)) is QuantLinear}
-            if len(found) < 2:
-                continue
-            full = {n: f"{parent_name}.{n}" if parent_name else n for n in found}
-            sets: dict[Any, list[str]] = {}
-            for name, layer in found.items():
-                alone = layer.scheme.group_size == "tensor" or len(where[layer]) > 1 or _is_hooked(layer)
-                sets.setdefault(name if alone else _must_agree(layer), []).append(name)
-            for together in sets.values():
-                if len(together) > 1:
-                    merged.append(tuple(full[n] for n in together))
-                    if not _merge(parent, together, where):
-                        not_proved.append(merged[-1])
-            if len(sets) > 1:
-                apart.append((tuple(full.values()), _why_apart(list(found.values()), where)))
-    return Merged(tuple(merged), tuple(apart), tuple(not_proved))
-
-
-def check_groups(groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
-    """The groups, if they are what merge_siblings takes; else TypeError or ValueError."""
-    if isinstance(groups, str) or any(isinstance(names, str) for names in groups):
-        raise TypeError(f"groups must be a sequence of sequences of names, got {groups!r}")
-    for names in groups:
-        if len(set(names)) < 2 or len(set(names)) < len(names) or any("." in name for name in names):
-            raise ValueError(f"a group must be two or more attribute names of one parent, got {tuple(names)!r}")
-        yield tuple(names)
-
-
-def _must_agree(layer: QuantLinear) -> tuple[Any, ...]:
-    """Equal for layers whose rows can be stacked."""
-    zero, bias = layer.weight_zero, layer.bias
-    return (
-        str(layer.scheme),
-        layer.in_features,
-        layer.weight.device,
-        layer.weight_scale.dtype,
-        None if zero is None else zero.dtype,
-        None if bias is None else (bias.dtype, bias.requires_grad),
-    )
-
-
-def _why_apart(layers: Sequence[QuantLinear], where: dict[nn.Module, list[tuple[nn.Module, str]]]) -> str:
-    if any(layer.scheme.group_size == "tensor" for layer in layers):
-        return "one scale for a whole tensor"
-    if any(len(where[layer]) > 1 for layer in layers):
-        return "a layer in several places"
-    if any(_is_hooked(layer) for layer in layers):
-        return "hooks or a forward of its own"
-    keys = [_must_agree(layer) for layer in layers]
-    what = ("scheme", "in_features", "device", "dtype of scales", "dtype of zeros", "bias")
-    return "different " + ", ".join(
-        w for w, values in zip(what, zip(*keys, strict=True), strict=True) if len({*values}) > 1
-    )
-
-
-def _is_hooked(layer: nn.Module) -> bool:
-    return "forward" in vars(layer) or any(
-        (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    )
-
-
-def _merge(parent: nn.Module, names: Sequence[str], where: dict[nn.Module, list[tuple[nn.Module, str]]]) -> bool:
-    """Merge layers of a parent; whether the parent's source proves that they read one unchanging input."""
-    layers = [parent._modules[name] for name in names]
-    forward = None if "forward" in vars(parent) else type(parent).forward
-    proved = forward if forward is not None and source.shows_one_input(forward, names) else None
-    shared = MergedWeight(layers, names, proved)  # type: ignore[arg-type]
-    for index, layer in enumerate(layers):
-        assert layer is not None
-        put(MergedLinear(shared, index).train(layer.training), where[layer])
-    if _open not in parent._forward_pre_hooks.values():
-        parent.register_forward_pre_hook(_open)
-        parent.register_forward_hook(_close, always_call=True)
-    return proved is not None

@@ -58,6 +58,21 @@ def _load_zero(
 
 
 @triton.jit
+def _add_slot(
+    part,  # (BLOCK_N, BLOCK_M) float32, as is x_sum: sums of x * (code - zero), and of x (offset only)
+    x_sum,
+    w,  # (BLOCK_N, 16), code - zero in x's dtype
+    x,  # (16, BLOCK_M)
+    VALUE_MAP: tl.constexpr,
+):
+    part = tl.dot(w, x, part, input_precision="ieee")
+    if VALUE_MAP == "offset":
+        # In every row: already where the accumulator wants it.
+        x_sum = tl.dot(tl.full(w.shape, 1.0, w.dtype), x, x_sum, input_precision="ieee")
+    return part, x_sum
+
+
+@triton.jit
 def _add_group(
     acc,  # (BLOCK_N, BLOCK_M) float32
     part,  # the group's sum of x * (code - zero)
@@ -115,8 +130,6 @@ def matmul_kernel(
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, 16)
-    n_mask = n < N
-    m_mask = m < M
 
     # Rows and tokens past the end read the last one instead: loads need no masks, and what they give is not stored.
     # int64: row * stride overflows int32 on large weights and activations.
@@ -132,11 +145,11 @@ def matmul_kernel(
     group_stride = tl.full((1,), stride_scale_g, tl.int64)
 
     # The weights are the left operand and tokens its columns: x is read transposed, y written transposed.
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    ones = tl.full((BLOCK_N, 16), 1.0, dtype)
+    no_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = no_sum
     if GROUP == 0:
-        part = acc
-        x_sum = acc
+        part = no_sum
+        x_sum = no_sum
         zero = _load_zero(zero_col, ZERO)
         zero_op = zero_operand(zero, x_ptr, BITS, PTX)
 
@@ -168,25 +181,21 @@ def matmul_kernel(
                     if SCALE_WEIGHTS:
                         scale = tl.load(scale_col + group)[:, None]
                     else:
-                        part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                        x_sum = part
+                        part = no_sum
+                        x_sum = no_sum
             w = unpack_slot(words0, words1, words2, zero_op, x_ptr, t, BITS, ZERO, PTX)
             x = tl.load(x_step + t * 16)
             if SCALE_WEIGHTS:
                 acc = tl.dot(scaled(w, scale, PTX), x, acc)
             else:
-                part = tl.dot(w, x, part, input_precision="ieee")
-            if VALUE_MAP == "offset":
-                x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")  # in every row: already where acc wants it
+                part, x_sum = _add_slot(part, x_sum, w, x, VALUE_MAP)
             if GROUP != 0 and not SCALE_WEIGHTS:
                 if t % CHUNK == CHUNK - 1:
                     acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, CENTER, VALUE_MAP)
 
     if HAS_TAIL:
         row_bytes = plane0.to(tl.pointer_type(tl.uint8), bitcast=True)
-        tail_end = steps * STEP  # no tail but in the last split
-        if (split + 1) * split_steps >= steps:
-            tail_end = tl.cdiv(K, 16)
+        tail_end = tl.where((split + 1) * split_steps >= steps, tl.cdiv(K, 16), 0)  # only the last split has one
         for slot in range(steps * STEP, tail_end):
             k_mask = slot * 16 + lane < K
             code = load_codes(row_bytes, slot, lane[None, :], K, k_mask[None, :], BITS)
@@ -194,23 +203,18 @@ def matmul_kernel(
             if GROUP != 0:
                 group = slot * 16 // GROUP * group_stride
                 zero = _load_zero(zero_col + group, ZERO)
-                part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                x_sum = part
-            part = tl.dot((code - zero).to(dtype), x, part, input_precision="ieee")
-            if VALUE_MAP == "offset":
-                x_sum = tl.dot(ones, x, x_sum, input_precision="ieee")
-            if GROUP != 0:
+                part, x_sum = _add_slot(no_sum, no_sum, (code - zero).to(dtype), x, VALUE_MAP)
                 acc = _add_group(acc, part, x_sum, scale_col + group, zero_col + group, CENTER, VALUE_MAP)
+            else:
+                part, x_sum = _add_slot(part, x_sum, (code - zero).to(dtype), x, VALUE_MAP)
 
     if GROUP == 0:
         acc = _add_group(acc, part, x_sum, scale_col, zero_col, CENTER, VALUE_MAP)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n64).to(tl.float32)[:, None]
-    row = m.to(tl.int64)
-    if SPLIT:
-        row += split.to(tl.int64) * M
+    row = m.to(tl.int64) + (split.to(tl.int64) * M if SPLIT else 0)
     y_row = y_ptr + (row * N)[:, None] + n[None, :]
-    tl.store(y_row, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
+    tl.store(y_row, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @functools.lru_cache(maxsize=4096)
