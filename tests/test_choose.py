@@ -44,6 +44,8 @@ B200 = Device("NVIDIA B200", 100, 148)
         (33, "w7ts", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
         (33, "w1g128", torch.bfloat16, dataclasses.replace(FEW)),
         (33, "w4g128", torch.bfloat16, dataclasses.replace(BATCH, block_m=64)),
+        (33, "w4g64", torch.bfloat16, BATCH),
+        (33, "w6g32f", torch.bfloat16, dataclasses.replace(BATCH, block_m=16)),
         (1, "w4g128", torch.float32, FLOAT32),
         (32, "w4g128", torch.float32, FLOAT32),
     ],

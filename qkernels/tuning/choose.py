@@ -133,7 +133,7 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     block_m = 8 if tokens <= 8 else 16
     if tokens > 16 and step < 256 and not (short and offset):
         block_m = 32
-    if tokens > 32 and step < 256 and light and not offset:
+    if tokens > 32 and step < 256 and light and not offset and scheme.group_size not in range(128):
         block_m = 64
     num_warps = 1 if light and block_m <= 16 else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
