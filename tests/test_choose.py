@@ -33,7 +33,7 @@ B200 = Device("NVIDIA B200", 100, 148)
         (1, "w2g128f", torch.float16, DECODE),
         (1, "w1g128", torch.float16, dataclasses.replace(DECODE, max_registers=255)),
         (9, "w4g128", torch.float16, FEW),
-        (16, "w4g128f", torch.bfloat16, FEW),
+        (16, "w4g128f", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
         (1, "w3g128", torch.float16, PLANES),
         (8, "w4g32", torch.bfloat16, PLANES),
         (8, "w4g192", torch.bfloat16, PLANES),

@@ -135,7 +135,7 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
         block_m = 32
     if tokens > 32 and step < 256 and light and not offset and scheme.group_size not in range(128):
         block_m = 64
-    num_warps = 1 if light and block_m <= 16 else 2
+    num_warps = 1 if light and (block_m == 8 or (block_m == 16 and not offset)) else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
     max_registers = 168 if light and block_m == 8 and step < 256 else 255
     return MatmulConfig(block_m, 64, 1, splits=1, num_warps=num_warps, num_stages=3, max_registers=max_registers)
