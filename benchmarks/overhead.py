@@ -71,10 +71,8 @@ def launches() -> dict[str, float]:
     from qkernels.tuning import choose
 
     found = {}
-    N, K = 4096, 4096
-    x = torch.randn(1, K, dtype=torch.float16)
-    packed = torch.zeros(N, packing.packed_words(4, K), dtype=torch.int32)
-    scale, zero = torch.ones(K // 128, N, dtype=torch.float16), torch.zeros(K // 128, N, dtype=torch.uint8)
+    x, packed, scale, zero = operands()
+    N, K = packed.shape[0], x.shape[1]
     with compile_only(90, record=False), torch.inference_mode():
         chosen = choose.matmul_on(1, N, K, "w4g128", x.dtype, x.get_device())
         assert isinstance(chosen, MatmulConfig)
@@ -86,7 +84,7 @@ def launches() -> dict[str, float]:
                 )
         y = torch.empty(1, N, dtype=x.dtype)
         dtypes = x.dtype, scale.dtype, zero.dtype, None
-        _, launch = kernel._prepare(1, N, K, K, *scale.shape, dtypes, as_scheme("w4g128"), whole)
+        _, launch = kernel._prepare(1, N, K, K, *scale.shape, scale.stride(0), dtypes, as_scheme("w4g128"), whole)
         tensors = x, packed, scale, zero, scale, y
         found["one launch alone"] = call_microseconds(lambda: launch(*tensors))
         jit = launch.kernel[(launch.programs,)]
@@ -94,6 +92,48 @@ def launches() -> dict[str, float]:
             lambda: jit(*tensors, *launch.numbers, **launch.named), number=2_000
         )
     return found
+
+
+_FIRST = """
+import time, torch, qkernels
+from benchmarks import overhead
+from benchmarks.compile_only import compile_only
+from qkernels import ops
+from qkernels.kernels import reduce
+with compile_only(90, record=False), torch.inference_mode():
+    x, *weight = overhead.operands()
+    start = time.perf_counter()
+    reduce.reduce(torch.zeros(2, 1, 64), None, torch.float16)
+    small = time.perf_counter()
+    ops._matmul_cuda(x, *weight, None, "w4g128", x.shape[1])
+    print(small - start, time.perf_counter() - small)
+"""
+
+
+def first_milliseconds(repeats: int = 5) -> tuple[float, float]:
+    """Median times, in new processes, of the first launch of a small kernel, and of the first matmul after it.
+
+    Triton's cache on disk is warm. The first launch of any kernel has Triton hash its own files, among other things.
+    """
+    run = [sys.executable, "-c", _FIRST]
+    subprocess.run(run, capture_output=True, text=True, check=True)
+    times = [
+        [float(t) for t in subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()]
+        for _ in range(repeats)
+    ]
+    small, matmul = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
+    return small, matmul
+
+
+def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x of one token, and a w4g128 weight (4096, 4096): packed, scale, zero."""
+    N, K = 4096, 4096
+    return (
+        torch.randn(1, K, dtype=torch.float16),
+        torch.zeros(N, packing.packed_words(4, K), dtype=torch.int32),
+        torch.ones(K // 128, N, dtype=torch.float16),
+        torch.zeros(K // 128, N, dtype=torch.uint8),
+    )
 
 
 def import_milliseconds(repeats: int = 9) -> float:
@@ -110,12 +150,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=pathlib.Path, help="a file for the figures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    microseconds, milliseconds = calls() | launches(), import_milliseconds()
+    microseconds = calls() | launches()
+    small, matmul = first_milliseconds()
+    milliseconds = {
+        "import qkernels, after torch": import_milliseconds(),
+        "first launch of a small kernel in a process": small,
+        "first matmul after it": matmul,
+    }
     rows = [(what, f"{value:.1f} us") for what, value in microseconds.items()]
-    rows.append(("import qkernels, after torch", f"{milliseconds:.0f} ms"))
+    rows += [(what, f"{value:.0f} ms") for what, value in milliseconds.items()]
     print(tables.text("host time", ("call", "time"), rows))
     if options.json:
-        record = {"torch": torch.__version__, "microseconds": microseconds, "import_milliseconds": milliseconds}
+        record = {"torch": torch.__version__, "microseconds": microseconds, "milliseconds": milliseconds}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -131,7 +131,7 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     short, offset = _short_chunks(scheme), scheme.value_map == "offset"
     light = len(PLANES[scheme.bits]) == 1 and not short
     block_m = 8 if tokens <= 8 else 16
-    if tokens > 16 and step < 256 and not (short and offset):
+    if tokens > 16 and step < 256 and not (short and offset) and scheme.group_size != 16:
         block_m = 32
     if tokens > 32 and step < 256 and light and not offset and scheme.group_size not in range(128):
         block_m = 64
