@@ -3,7 +3,7 @@
     python -m benchmarks.overhead
 
 For dispatch the implementation is replaced by one that returns a ready result, so what is left is the way to it and
-back: argument checks are part of an implementation and are timed apart. For launches a stand-in takes the place of
+back: argument checks are part of the CPU's implementation and are timed apart. For launches a stand-in takes the place of
 Triton's driver: kernels are compiled for an H200 and everything is done but the driver's own launch, and memory for
 results comes from the CPU's allocator. Times are of this machine; only their ratios carry over.
 """
@@ -25,9 +25,8 @@ from unittest import mock
 import torch
 
 import qkernels
-from qkernels import checks, ops, packing, tables
+from qkernels import checks, dispatch, ops, packing, tables
 from qkernels.scheme import as_scheme
-from qkernels.tuning.configs import MatmulConfig
 
 
 def call_microseconds(call: Callable[[], Any], repeats: int = 15, number: int = 20_000) -> float:
@@ -68,23 +67,25 @@ def launches() -> dict[str, float]:
     """{what: microseconds} of one token times a w4g128 weight, checks included, to the driver's launch."""
     from benchmarks.compile_only import compile_only
     from qkernels.kernels import matmul as kernel
+    from qkernels.kernels.launch import Launch
     from qkernels.tuning import choose
+    from qkernels.tuning.devices import device_of
 
     found = {}
     x, packed, scale, zero = operands()
     N, K = packed.shape[0], x.shape[1]
     with compile_only(90, record=False), torch.inference_mode():
-        chosen = choose.matmul_on(1, N, K, "w4g128", x.dtype, x.get_device())
-        assert isinstance(chosen, MatmulConfig)
+        chosen = choose.fused(1, N, K, as_scheme("w4g128"), x.dtype, device_of(-1))
         whole = dataclasses.replace(chosen, splits=1)
         for what, config in (("one launch", whole), ("K split: two launches", chosen)):
-            with mock.patch.object(choose, "matmul_on", lambda *_, config=config: config):
+            dispatch.forget()
+            with mock.patch.object(choose, "matmul", lambda *_, config=config: config):
                 found[f"matmul of one token, {what}"] = call_microseconds(
-                    lambda: ops._matmul_cuda(x, packed, scale, zero, None, "w4g128", K)
+                    lambda: dispatch.matmul(x, packed, scale, zero, None, "w4g128", K)
                 )
-        y = torch.empty(1, N, dtype=x.dtype)
-        dtypes = x.dtype, scale.dtype, zero.dtype, None
-        _, launch = kernel._prepare(1, N, K, K, *scale.shape, scale.stride(0), dtypes, as_scheme("w4g128"), whole)
+        with mock.patch.object(kernel, "Launch", wraps=Launch) as made:
+            kernel.prepare(x, packed, scale, zero, None, as_scheme("w4g128"), whole)
+        launch, y = Launch(*made.call_args.args), torch.empty(1, N, dtype=x.dtype)
         tensors = x, packed, scale, zero, scale, y
         found["one launch alone"] = call_microseconds(lambda: launch(*tensors))
         jit = launch.kernel[(launch.programs,)]
@@ -98,14 +99,14 @@ _FIRST = """
 import time, torch, qkernels
 from benchmarks import overhead
 from benchmarks.compile_only import compile_only
-from qkernels import ops
+from qkernels import dispatch
 from qkernels.kernels import reduce
 with compile_only(90, record=False), torch.inference_mode():
     x, *weight = overhead.operands()
     start = time.perf_counter()
     reduce.reduce(torch.zeros(2, 1, 64), None, torch.float16)
     small = time.perf_counter()
-    ops._matmul_cuda(x, *weight, None, "w4g128", x.shape[1])
+    dispatch.matmul(x, *weight, None, "w4g128", x.shape[1])
     print(small - start, time.perf_counter() - small)
 """
 

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qkernels import packing, reference
+from qkernels import dispatch, packing, reference
 from qkernels.checks import DTYPES, check_activation, check_dequantize, check_quantize, check_weight
-from qkernels.scheme import Scheme, as_scheme
+from qkernels.scheme import as_scheme
 from qkernels.tuning import choose
-from qkernels.tuning.configs import DenseConfig, MatmulConfig
 
 _library = torch.library.Library("qkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -130,80 +129,6 @@ def _matmul_cpu(
     return reference.matmul(x, packed, scale, zero, bias, parsed)
 
 
-def _matmul_cuda(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    in_features: int,
-) -> Tensor:
-    parsed = check_weight(packed, scale, zero, scheme, in_features)
-    check_activation(x, packed, bias, in_features)
-    out_features = packed.shape[0]
-    if x.dim() == 2:  # as it is: host time counts
-        tokens = x
-    else:
-        tokens = x.reshape(-1, in_features) if in_features else x.new_empty((x.shape[:-1].numel(), 0))
-    if tokens.shape[0] == 0 or out_features == 0 or in_features == 0:
-        y = x.new_zeros((*x.shape[:-1], out_features))
-        return y if bias is None else y + bias.to(x.dtype)
-    if tokens.stride(-1) != 1:
-        tokens = tokens.contiguous()
-    packed, scale, zero = packed.contiguous(), *_with_equal_strides(scale, zero)
-    bias = None if bias is None else bias.contiguous()
-    config = choose.matmul_on(tokens.shape[0], out_features, in_features, scheme, x.dtype, x.get_device())
-    y = multiply(tokens, packed, scale, zero, bias, parsed, config)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
-
-
-def _with_equal_strides(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As the matmul kernel takes them: dense along N. Rows of a larger weight, scale[:, a:b], are not copied."""
-    if scale.is_contiguous() and (zero is None or zero.is_contiguous()):
-        return scale, zero
-    if scale.stride(1) == 1 and (zero is None or zero.stride() == scale.stride()):
-        return scale, zero
-    return scale.contiguous(), None if zero is None else zero.contiguous()
-
-
-def multiply(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: Scheme,
-    config: MatmulConfig | DenseConfig,
-) -> Tensor:
-    """y (M, N) as a configuration says, unchecked; x has inner stride 1, the others as `_matmul_cuda` has them."""
-    if isinstance(config, MatmulConfig):
-        from qkernels.kernels import matmul
-
-        return matmul.matmul(x, packed, scale, zero, bias, scheme, config)
-
-    # Some rows of the weight at a time, dequantized to x's dtype into one workspace, by torch's own product.
-    from qkernels.kernels import dequantize
-
-    in_features, out_features = x.shape[1], packed.shape[0]
-    bias = None if bias is None else bias.to(x.dtype)
-    workspace = x.new_empty((min(config.rows, out_features), in_features))
-    y = x.new_empty((x.shape[0], out_features))
-    for start in range(0, out_features, config.rows):
-        rows = slice(start, min(start + config.rows, out_features))
-        w = workspace[: rows.stop - rows.start]
-        row_scale = scale if scale.shape[1] == 1 else scale[:, rows]
-        row_zero = zero if zero is None or zero.shape[1] == 1 else zero[:, rows]
-        dequantize.dequantize(
-            packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(x.dtype), out=w
-        )
-        if bias is None:
-            torch.mm(x, w.T, out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], x, w.T, out=y[:, rows])
-    return y
-
-
 def _matmul_fake(
     x: Tensor,
     packed: Tensor,
@@ -254,7 +179,7 @@ def _direct_matmul(x: Tensor) -> Callable[..., Tensor] | None:
         if x.is_cpu:
             return _matmul_cpu
         if x.is_cuda:
-            return _matmul_cuda
+            return dispatch.matmul
     return None
 
 
@@ -308,7 +233,7 @@ def _register() -> None:
     for name, cpu, cuda, fake in (
         ("quantize", _quantize_cpu, _quantize_cuda, _quantize_fake),
         ("dequantize", _dequantize_cpu, _dequantize_cuda, _dequantize_fake),
-        ("matmul", _matmul_cpu, _matmul_cuda, _matmul_fake),
+        ("matmul", _matmul_cpu, dispatch.matmul, _matmul_fake),
     ):
         _library.impl(name, cpu, "CPU")
         _library.impl(name, cuda, "CUDA")

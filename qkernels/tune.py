@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import ops, packing, reference
+from qkernels import dispatch, packing, reference
 from qkernels import tables as text_tables
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose, tables, timing
@@ -156,7 +156,7 @@ def timed_operands(problem: Problem, device: str, seed: int) -> Operands:
 
 def product(operands: Operands, problem: Problem, config: Config) -> Tensor:
     """With this configuration."""
-    return ops.multiply(operands.x, operands.packed, operands.scale, operands.zero, None, problem.parsed, config)
+    return dispatch.multiply(operands.x, operands.packed, operands.scale, operands.zero, None, problem.parsed, config)
 
 
 def truth(operands: Operands, problem: Problem) -> Tensor:
@@ -276,7 +276,7 @@ def run(
         rows.append(
             (entry.scheme, entry.dtype, size, str(entry.tokens), f"{entry.default_us:.2f}", f"{entry.us:.2f}", gain)
         )
-    choose.matmul_on.cache_clear()
+    dispatch.forget()
     columns = ("scheme", "dtype", "weight", "tokens", "default us", "tuned us", "gain")
     say(text_tables.text(f"{path}: {len(entries)} entries", columns, rows, text_columns=3))
     return path

@@ -22,6 +22,7 @@ FLOORS = {
     "qkernels.tuning": 1,
     "qkernels.checks": 2,
     "qkernels.kernels": 2,
+    "qkernels.dispatch": 3,
     "qkernels.ops": 3,
     "qkernels.tensor": 4,
     "qkernels.nn": 5,

@@ -76,8 +76,9 @@ def test_bound_on_tensor_cores(text: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("text", ["w4g128", "w8cs", "w3g64f", "w4tf"])
 def test_many_tokens_hold_their_bound(text: str, dtype: torch.dtype) -> None:
     """Past the fused kernel: weights are rounded to x's dtype, and cuBLAS multiplies."""
-    tokens = choose.most_fused_tokens(dtype, device_of(torch.cuda.current_device())) + 40
-    assert isinstance(choose.matmul_on(tokens, 300, 1000, text, dtype, torch.cuda.current_device()), DenseConfig)
+    device = device_of(torch.cuda.current_device())
+    tokens = choose.most_fused_tokens(dtype, device) + 40
+    assert isinstance(choose.matmul(tokens, 300, 1000, Scheme.parse(text), dtype, device), DenseConfig)
     weight, x = random_weight(text, 300, 1000), torch.randn(tokens, 1000).to(dtype)
     bias = torch.randn(300).to(dtype)
     x64, b64 = truth.as_array(x), truth.as_array(bias)

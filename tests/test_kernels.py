@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels import ops, packing, reference
+from qkernels import dispatch, ops, packing, reference
 from qkernels.kernels import dequantize as dequantize_kernel
 from qkernels.kernels import matmul as matmul_kernel
 from qkernels.kernels import quantize as quantize_kernel
@@ -43,7 +43,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def _matmul(x: Tensor, weight: Weight, bias: Tensor | None, device: str) -> Tensor:
     packed, scale, zero = weight.args(device)
     bias = None if bias is None else bias.to(device)
-    return ops._matmul_cuda(x.to(device), packed, scale, zero, bias, str(weight.scheme), weight.in_features).cpu()
+    return dispatch.matmul(x.to(device), packed, scale, zero, bias, str(weight.scheme), weight.in_features).cpu()
 
 
 @pytest.mark.parametrize(("bits", "suffix"), ALL_MAPS)
@@ -141,7 +141,8 @@ def test_scaled_weights(text: str, dtype: torch.dtype, device: str, path: str) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dense_product_in_passes(text: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tokens: the weight is dequantized some rows at a time, each pass into the same workspace."""
-    monkeypatch.setattr(ops.choose, "matmul_on", lambda *_: DenseConfig(rows=16))
+    monkeypatch.setattr(dispatch.choose, "matmul", lambda *_: DenseConfig(rows=16))
+    monkeypatch.setattr(dispatch, "_calls", {})
     weight, x, bias = exact_weight(text, 37, 300), signs(50, 300, dtype), signs(1, 37, dtype)[0]
     w = truth.as_array(truth.rounded(weight.values, dtype))
     for b in (None, bias):
@@ -188,7 +189,7 @@ def test_memory_around_the_operands_is_neither_read_nor_written(device: str) -> 
         return whole[rows_before : rows_before + t.shape[0]]
 
     assert weight.zero is not None
-    y = ops._matmul_cuda(
+    y = dispatch.matmul(
         surrounded(x, float("nan"), 1),  # 205 odd: misaligned
         surrounded(weight.packed, -1, 1),
         surrounded(weight.scale, float("nan"), 1),
@@ -228,7 +229,7 @@ def test_a_range_of_rows(text: str, tokens: int, device: str) -> None:
     expected = truth.rounded(truth.as_array(x) @ weight.values.T, torch.float16)
     packed, scale, zero = weight.args(device)
     shared = scale.shape[1] == 1
-    y = ops._matmul_cuda(
+    y = dispatch.matmul(
         x.to(device), packed[8:24], scale if shared else scale[:, 8:24],
         zero if zero is None or shared else zero[:, 8:24], None, text, 128,
     )  # fmt: skip
@@ -392,7 +393,7 @@ def test_offsets_of_another_dtype_than_the_scales(device: str) -> None:
     assert weight.zero is not None
     zero = weight.zero.float()
     x = signs(3, 96, torch.float16)
-    y = ops._matmul_cuda(
+    y = dispatch.matmul(
         x.to(device), weight.packed.to(device), weight.scale.to(device), zero.to(device), None, "w4g32f", 96
     )
     assert torch.equal(y.cpu(), truth.rounded(truth.as_array(x) @ weight.values.T, torch.float16))

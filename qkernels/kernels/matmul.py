@@ -13,8 +13,8 @@ Numerics  code - zero is an exact integer in x's dtype, so products are exact an
 Oracle    qkernels.reference.matmul      Tuning  qkernels.tuning.choose
 """
 
-import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import Launch, has_ptx, program_of
+from qkernels.kernels.launch import Launch, group_strides, has_ptx, program_of
 from qkernels.kernels.reduce import reduce
 from qkernels.kernels.unpack import (
     block_slots,
@@ -217,44 +217,58 @@ def matmul_kernel(
     tl.store(y_row, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@functools.lru_cache(maxsize=4096)
-def _prepare(
-    M: int,
-    N: int,
-    K: int,
-    stride_x_m: int,
-    groups: int,
-    scale_columns: int,  # N, or 1 where all rows share a scale
-    stride_scale_g: int,
-    dtypes: tuple[torch.dtype | None, ...],  # of x, scale, zero and bias
+def prepare(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
     scheme: Scheme,
     config: MatmulConfig,
-) -> tuple[int, Launch]:
-    """(splits of K, the launch): everything that only metadata decides, once for each kind of call."""
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """The launch for these tensors, and for all that are like them in shape, strides, dtype and GPU.
+
+    x (..., K) is contiguous, or 2-D with inner stride 1; packed and bias are contiguous; rows of scale and zero are
+    dense, one after the other or, in both, with equal gaps. None is empty.
+    """
+    N, K, M = packed.shape[0], x.shape[-1], x.shape[:-1].numel()
     step = config.blocks * packing.block_columns(scheme.bits)
     steps = K // step
     split_steps = max(1, -(-steps // config.splits))
     splits = max(1, -(-steps // split_steps))  # none is empty
     numbers = (
-        M, N, K, split_steps, stride_x_m, packing.packed_words(scheme.bits, K), stride_scale_g,
-        1 if scale_columns > 1 else 0,
+        M, N, K, split_steps, x.stride(-2) if x.dim() > 1 else K, packed.stride(0), *group_strides(scale)
     )  # fmt: skip
     constants = {
         "BITS": scheme.bits,
-        "GROUP": 0 if groups == 1 else scheme.group_length(K),
+        "GROUP": 0 if scale.shape[0] == 1 else scheme.group_length(K),
         "VALUE_MAP": scheme.value_map,
-        "HAS_BIAS": dtypes[3] is not None and splits == 1,
+        "HAS_BIAS": bias is not None and splits == 1,
         "HAS_TAIL": K % step != 0,
         "SPLIT": splits > 1,
         "SCALE_WEIGHTS": config.scale_weights,
-        "PTX": has_ptx() and dtypes[0] != torch.float32,
+        "PTX": has_ptx() and x.dtype != torch.float32,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCKS": config.blocks,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
     programs = -(-N // config.block_n) * -(-M // config.block_m) * splits
-    return splits, Launch(matmul_kernel, programs, numbers, constants, options)
+    launch = Launch(matmul_kernel, programs, numbers, constants, options)
+    shape = (*x.shape[:-1], N)
+
+    # Where there is no zero or bias, any tensor stands in for it.
+    def whole(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(shape)
+        launch(x, packed, scale, scale if zero is None else zero, scale if bias is None else bias, y)
+        return y
+
+    def split(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+        part = x.new_empty((splits, *shape), dtype=torch.float32)
+        launch(x, packed, scale, scale if zero is None else zero, scale, part)
+        return reduce(part, bias, x.dtype)
+
+    return whole if splits == 1 else split
 
 
 def matmul(
@@ -266,14 +280,5 @@ def matmul(
     scheme: Scheme,
     config: MatmulConfig,
 ) -> Tensor:
-    """Launch only: M, N and K at least 1; x with inner stride 1, packed and bias contiguous.
-
-    Rows of scale and zero are dense, one after the other or, in both, with equal gaps.
-    """
-    (M, K), N = x.shape, packed.shape[0]
-    dtypes = x.dtype, scale.dtype, None if zero is None else zero.dtype, None if bias is None else bias.dtype
-    splits, launch = _prepare(M, N, K, x.stride(0), *scale.shape, scale.stride(0), dtypes, scheme, config)
-    y = x.new_empty((M, N)) if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
-    # Where there is no zero or bias, any tensor stands in for it.
-    launch(x, packed, scale, scale if zero is None else zero, scale if bias is None else bias, y)
-    return y if splits == 1 else reduce(y, bias, x.dtype)
+    """Launch only, without preparation; see `prepare`."""
+    return prepare(x, packed, scale, zero, bias, scheme, config)(x, packed, scale, zero, bias)

@@ -125,7 +125,7 @@ def _load_line(
     w = ()
     for t in tl.static_range(SLOTS):
         slot = tl.load(w_row + 16 * t, mask=mask & (k + 16 * t < K) if HAS_TAIL else mask, other=0.0)
-        w = w + (slot,)  # type: ignore[assignment]
+        w = w + (slot,)
     return w
 
 
@@ -209,8 +209,8 @@ def _put_slot(
         if (SLOT + 1) * plane_bits(BITS, i) % lane_bits(plane_bits(BITS, i)) == 0:
             _store_words(row_ptr, word - bias, line_of_row, K, mask, SLOT, plane_bits(BITS, i), SLOTS, HAS_TAIL)
         row_ptr += tl.cdiv(K * plane_bits(BITS, i), 128) * 4
-        new_words = new_words + (word,)  # type: ignore[assignment]
-        new_biases = new_biases + (bias,)  # type: ignore[assignment]
+        new_words = new_words + (word,)
+        new_biases = new_biases + (bias,)
     return new_words, new_biases
 
 

@@ -1,6 +1,6 @@
 """The end of a matrix product whose K was split: y[m, n] = sum_s part[s, m, n] (+ bias[n]).
 
-Shapes    part (splits, M, N) float32, bias (N,), y (M, N).
+Shapes    part (splits, ..., N) float32, bias (N,), y (..., N).
 Numerics  float32, splits added in order: the same bits in every run. One rounding, at the end.
 Oracle    torch.sum      Tuning  none: the data of a decode step fits in a corner of L2
 """
@@ -42,20 +42,14 @@ _BLOCK = 256
 
 
 @functools.lru_cache(maxsize=4096)
-def _prepare(splits: int, M: int, N: int, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Launch:
-    return Launch(
-        reduce_kernel,
-        -(-M * N // _BLOCK),
-        (splits, M * N, N),
-        {"HAS_BIAS": bias_dtype is not None, "BLOCK": _BLOCK},
-        {"num_warps": 2},
-    )
+def _prepare(splits: int, size: int, N: int, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Launch:
+    constants = {"HAS_BIAS": bias_dtype is not None, "BLOCK": _BLOCK}
+    return Launch(reduce_kernel, -(-size // _BLOCK), (splits, size, N), constants, {"num_warps": 2})
 
 
 def reduce(part: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Launch only: y (M, N) in dtype; M and N at least 1."""
-    splits, M, N = part.shape
-    y = part.new_empty((M, N), dtype=dtype)
-    launch = _prepare(splits, M, N, dtype, None if bias is None else bias.dtype)
+    """Launch only: part (splits, ..., N), not empty; y (..., N) in dtype."""
+    y = part.new_empty(part.shape[1:], dtype=dtype)
+    launch = _prepare(part.shape[0], y.numel(), part.shape[-1], dtype, None if bias is None else bias.dtype)
     launch(part, part if bias is None else bias, y)
     return y

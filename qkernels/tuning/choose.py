@@ -5,15 +5,14 @@ memory must be within its limit, and only the largest bodies of matmul may spill
 """
 
 import dataclasses
-import functools
 
 import torch
 
 from qkernels.packing import PLANES, block_columns
-from qkernels.scheme import Scheme, as_scheme
+from qkernels.scheme import Scheme
 from qkernels.tuning import tables
 from qkernels.tuning.configs import DenseConfig, DequantizeConfig, MatmulConfig, QuantizeConfig
-from qkernels.tuning.devices import Device, device_of
+from qkernels.tuning.devices import Device
 
 WORKSPACE_BYTES = 1 << 28  # of dequantized weights at a time
 
@@ -59,14 +58,6 @@ def dequantize(dtype: torch.dtype) -> DequantizeConfig:
     """
     max_registers = 128 if dtype is torch.float32 else None
     return DequantizeConfig(block_n=16, block_k=1024, num_warps=4, max_registers=max_registers)
-
-
-@functools.lru_cache(maxsize=65536)
-def matmul_on(
-    tokens: int, out_features: int, in_features: int, scheme: str, dtype: torch.dtype, device: int
-) -> MatmulConfig | DenseConfig:
-    """`matmul`, remembered, by what a launch has at hand: a scheme's string and tensor.get_device()."""
-    return matmul(tokens, out_features, in_features, as_scheme(scheme), dtype, device_of(device))
 
 
 def matmul(
@@ -128,23 +119,19 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     if dtype is torch.float32:
         return MatmulConfig(16, 64, blocks=1, splits=1, num_warps=4, num_stages=3, max_registers=255)
     step = block_columns(scheme.bits)
-    short, offset = _short_chunks(scheme), scheme.value_map == "offset"
+    group, offset = scheme.group_size, scheme.value_map == "offset"
+    odd = isinstance(group, int) and (group == 16 or group != _power_of_two(group))
+    short = odd or (isinstance(group, int) and group < 64)
     light = len(PLANES[scheme.bits]) == 1 and not short
     block_m = 8 if tokens <= 8 else 16
-    if tokens > 16 and step < 256 and not (short and offset) and scheme.group_size != 16:
+    if tokens > 16 and step < 256 and not odd and not (short and offset):
         block_m = 32
-    if tokens > 32 and step < 256 and light and not offset and scheme.group_size not in range(128):
+    if tokens > 32 and step < 256 and light and not offset and group not in range(128):
         block_m = 64
-    num_warps = 1 if light and (block_m == 8 or (block_m == 16 and not offset)) else 2
+    num_warps = 1 if light and (block_m == 8 or (block_m == 16 and step < 256 and not offset)) else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
     max_registers = 168 if light and block_m == 8 and step < 256 else 255
     return MatmulConfig(block_m, 64, 1, splits=1, num_warps=num_warps, num_stages=3, max_registers=max_registers)
-
-
-def _short_chunks(scheme: Scheme) -> bool:
-    """Groups that end inside a block, or at odd places."""
-    group = scheme.group_size
-    return isinstance(group, int) and (group < 64 or group != _power_of_two(group))
 
 
 def _splits(

@@ -1,0 +1,153 @@
+"""The matmul op on a GPU: what only metadata decides is decided once for each kind of call, then remembered.
+
+A kind is the scheme and, of each tensor, its shape, strides, dtype and GPU. For a kind that is new, arguments are
+checked, a configuration is chosen and a launch is prepared; a later call costs a look into a dictionary, the memory of
+the result, and the launch. In a decode step the host has a few microseconds for a product, and this is most of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels.checks import check_activation, check_weight
+from qkernels.scheme import Scheme
+from qkernels.tuning import choose
+from qkernels.tuning.configs import DenseConfig, MatmulConfig
+from qkernels.tuning.devices import device_of
+
+# (x, packed, scale, zero, bias) -> y, for tensors of one kind
+Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+
+_calls: dict[tuple[Any, ...], Call] = {}
+_MOST_CALLS = 8192  # every other number of tokens is a kind of its own; then all are decided again
+
+
+def matmul(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
+) -> Tensor:
+    """y (..., N) = x (..., K) @ dequantize(...).T + bias on a GPU (or in Triton's interpreter); see ops.matmul."""
+    kind = (
+        scheme, in_features,
+        x.shape, x.stride(), x.dtype, x.get_device(),
+        packed.shape, packed.stride(), packed.dtype, packed.get_device(),
+        scale.shape, scale.stride(), scale.dtype, scale.get_device(),
+        None if zero is None else (zero.shape, zero.stride(), zero.dtype, zero.get_device()),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
+    )  # fmt: skip
+    call = _calls.get(kind)
+    if call is None:
+        call = _decide(x, packed, scale, zero, bias, scheme, in_features)
+        if len(_calls) >= _MOST_CALLS:
+            _calls.clear()
+        _calls[kind] = call
+    return call(x, packed, scale, zero, bias)
+
+
+def forget() -> None:
+    """Decide again, as after a table of configurations has changed."""
+    _calls.clear()
+
+
+def _decide(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
+) -> Call:
+    parsed = check_weight(packed, scale, zero, scheme, in_features)
+    check_activation(x, packed, bias, in_features)
+    out_features, tokens = packed.shape[0], x.shape[:-1].numel()
+    if tokens == 0 or out_features == 0 or in_features == 0:
+        return _empty
+    config = choose.matmul(tokens, out_features, in_features, parsed, x.dtype, device_of(x.get_device()))
+    tensors = _regular(x, packed, scale, zero, bias)
+    if isinstance(config, DenseConfig) or any(a is not b for a, b in zip(tensors, (x, packed, scale, zero, bias))):
+        return functools.partial(_general, scheme=parsed, config=config)
+    from qkernels.kernels import matmul as kernel
+
+    return kernel.prepare(x, packed, scale, zero, bias, parsed, config)
+
+
+def _empty(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = x.new_zeros((*x.shape[:-1], packed.shape[0]))
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def _general(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    config: MatmulConfig | DenseConfig,
+) -> Tensor:
+    """Tensors of any strides."""
+    y = multiply(*_regular(x.reshape(-1, x.shape[-1]), packed, scale, zero, bias), scheme, config)
+    return y.view(*x.shape[:-1], packed.shape[0])
+
+
+def _regular(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As the kernels take them, copied where they are not: x, packed and bias dense, but for rows of x with gaps.
+
+    Scales and zeros are dense along N. Those of some rows of a larger weight, scale[:, a:b], need no copy.
+    """
+    if not (x.dim() == 2 and x.stride(1) == 1):
+        x = x.contiguous()
+    dense = scale.is_contiguous() and (zero is None or zero.is_contiguous())
+    if not dense and not (scale.stride(1) == 1 and (zero is None or zero.stride() == scale.stride())):
+        scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
+    return x, packed.contiguous(), scale, zero, None if bias is None else bias.contiguous()
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    config: MatmulConfig | DenseConfig,
+) -> Tensor:
+    """y (M, N) as a configuration says: unchecked, x (M, K), all as `_regular` gives them and none empty."""
+    if isinstance(config, MatmulConfig):
+        from qkernels.kernels import matmul as kernel
+
+        return kernel.matmul(x, packed, scale, zero, bias, scheme, config)
+
+    # Some rows of the weight at a time, dequantized to x's dtype into one workspace, by torch's own product.
+    from qkernels.kernels import dequantize
+
+    in_features, out_features = x.shape[1], packed.shape[0]
+    bias = None if bias is None else bias.to(x.dtype)
+    workspace = x.new_empty((min(config.rows, out_features), in_features))
+    y = x.new_empty((x.shape[0], out_features))
+    for start in range(0, out_features, config.rows):
+        rows = slice(start, min(start + config.rows, out_features))
+        w = workspace[: rows.stop - rows.start]
+        row_scale = scale if scale.shape[1] == 1 else scale[:, rows]
+        row_zero = zero if zero is None or zero.shape[1] == 1 else zero[:, rows]
+        dequantize.dequantize(
+            packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(x.dtype), out=w
+        )
+        if bias is None:
+            torch.mm(x, w.T, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, w.T, out=y[:, rows])
+    return y
