@@ -513,11 +513,15 @@ def test_the_newest_result_file(tmp_path: pathlib.Path) -> None:
         "b/2.json": {"kind": "matmul", "date": "2026-01-03", "problems": [1, 2]},
         "b/3.json": {"kind": "matmul", "date": "2026-01-03", "problems": [1]},
         "b/4.json": {"kind": "matmul", "date": "2026-01-04", "problems": []},
-        "b/5.json": {"kind": "model", "date": "2026-01-05", "problems": [1]},
+        "b/5.json": {"kind": "model", "date": "2026-01-05", "variants": [1]},
+        "b/7.json": {"kind": "model", "date": "2026-01-05", "variants": [1, 2]},
+        "b/8.json": {"kind": "model", "date": "2026-01-06", "check": {}},
     }.items():
         harness.write(tmp_path / name, record)
     (tmp_path / "b/6.json").write_text("[1]")
     assert harness.newest("matmul", tmp_path) == tmp_path / "b/2.json"
+    assert harness.newest("model", tmp_path) == tmp_path / "b/7.json"
+    assert harness.newest("energy", tmp_path) is None
 
 
 def test_the_machine_is_described_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,7 +667,7 @@ def test_the_readme_has_the_newest_result(
     assert all("w4g128" in picture.name for picture in shown)
     (tmp_path / "README.md").write_text(f"<!-- demo:begin -->\n<!-- demo:end -->\n{EMPTY}")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    monkeypatch.setattr(harness, "newest", lambda kind: results)
+    monkeypatch.setattr(harness, "newest", {"matmul": results}.get)
     assert readme.main([]) == 0
     written = (tmp_path / "README.md").read_text()
     assert "NVIDIA Imaginary" in written
@@ -672,7 +676,7 @@ def test_the_readme_has_the_newest_result(
 
 def test_the_readme_is_checked(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (readme.ROOT / "README.md").read_text()
-    assert readme.with_speed(text, harness.newest("matmul")) == text
+    assert readme.with_speed(text, *map(harness.newest, readme.KINDS)) == text
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     for changed, status in ((text, 0), (text.replace("<!-- speed:end -->", "x\n<!-- speed:end -->"), 1)):
         (tmp_path / "README.md").write_text(changed)
