@@ -34,7 +34,7 @@ def with_table(readme: str, record: dict[str, Any]) -> str:
 
 def with_speed(
     readme: str,
-    matmul: pathlib.Path | None,
+    products: pathlib.Path | None,
     model: pathlib.Path | None = None,
     energy: pathlib.Path | None = None,
 ) -> str:
@@ -42,7 +42,7 @@ def with_speed(
 
     Floors stand there if there is no file of products; of the other two kinds, nothing.
     """
-    blocks = [floor_block() if matmul is None else speed_block(matmul)]
+    blocks = [floor_block() if products is None else speed_block(products)]
     blocks += [] if model is None else [decode_block(model)]
     blocks += [] if energy is None else [energy_block(energy)]
     return _between(readme, "speed", "\n".join(blocks))

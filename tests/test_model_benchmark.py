@@ -374,6 +374,9 @@ def test_the_readme_has_decoding_and_energy(tmp_path: pathlib.Path, monkeypatch:
     assert "tokens/s" in found
     assert "| bfloat16 | 2.000 | 1.500 |\n| w4g128 | 1.000 | 0.750 |\n| w2g64 | refused |  |\n" in found
     assert "joules.png" not in found
+    alone = readme.with_speed(empty, None, None, files["energy"])
+    assert "| w4g128 | 1.000 | 0.750 |" in alone
+    assert "tokens/s" not in alone
     (picture,) = plot.draw_energy(json.loads(files["energy"].read_text()), files["energy"])
     assert f"({picture.as_posix()})" in readme.with_speed(empty, None, *files.values())
 
