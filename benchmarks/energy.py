@@ -6,7 +6,8 @@
 The counter is NVML's nvmlDeviceGetTotalEnergyConsumption: millijoules of the whole board, memory and losses included,
 since the driver was loaded. It is read when the GPU is idle and waited for: around at least 10 s of steps, each a
 replay of one CUDA graph, and around some seconds of doing nothing. Two figures follow: joules per token, and joules per
-token above what the board would have taken idling for as long. The host is not in it.
+token above what the board would have taken idling for as long. The host is not in it. A loop that is faster than memory
+can be read is refused. Results go to benchmarks/results/<gpu>/<date>-energy.json.
 
 Without a GPU the loop is only checked. Without the package nvidia-ml-py, or on a GPU that does not count, the benchmark
 says so and is skipped.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import math
 import pathlib
 import sys
 import time
@@ -25,9 +27,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, model
+from benchmarks import harness, model
 from benchmarks.decode import Decoder, Variant, build
-from benchmarks.machine import Record
+from benchmarks.floors import Ceilings
+from benchmarks.harness import Record
 from qkernels import tables
 
 Counter = Callable[[], int]  # millijoules so far
@@ -146,8 +149,12 @@ def nvml_counter() -> Counter:
     return lambda: int(read())
 
 
-def figures(variant: Variant, energy: Energy) -> Record:
-    """What is recorded of a variant."""
+def figures(variant: Variant, energy: Energy, batch: int, moved_bytes: int, ceilings: Ceilings) -> Record:
+    """What is recorded of a variant whose step moves so many bytes for `batch` tokens.
+
+    With it come `eta`, the floor of such a step over its time, or `contaminated`, why all figures are refused.
+    """
+    step_us = energy.seconds / energy.tokens * batch * 1e6
     return {
         "name": variant.name,
         **dataclasses.asdict(variant),
@@ -155,6 +162,7 @@ def figures(variant: Variant, energy: Energy) -> Record:
         "watts": energy.watts,
         "joules_per_token": energy.joules_per_token,
         "joules_per_token_above_idle": energy.joules_per_token_above_idle,
+        **harness.against_floor(step_us, moved_bytes, 0, ceilings),
     }
 
 
@@ -163,15 +171,12 @@ def result_table(record: Record) -> str:
     rows = [
         (
             v["name"], f"{v['joules_per_token']:.3f}", f"{v['joules_per_token_above_idle']:.3f}", f"{v['watts']:.0f}",
-            f"{v['tokens'] / v['seconds']:.0f}", f"{v['seconds']:.1f}",
+            f"{v['tokens'] / v['seconds']:.0f}", f"{v['seconds']:.1f}", f"{v['eta']:.0%}" if "eta" in v else "refused",
         )
         for v in record["variants"]
     ]  # fmt: skip
-    title = (
-        f"{record['model']}, context {record['context']}, batch {record['batch']}, on {record['device']}, "
-        f"which idles at {record['idle_watts']:.0f} W"
-    )
-    return tables.text(title, ("weights", "J/token", "above idle", "watts", "tokens/s", "seconds"), rows)
+    columns = ("weights", "J/token", "above idle", "watts", "tokens/s", "seconds", "floor / time")
+    return tables.text(f"{model.setting(record)}, which idles at {record['idle_watts']:.0f} W", columns, rows)
 
 
 def run(
@@ -186,25 +191,26 @@ def run(
 ) -> Record:
     """Measure variants one by one, each alone in memory, and write the record after each; returns it.
 
-    The record must hold `context`, `batch` and `idle_watts`; it gets `variants`.
+    The record must hold `ceilings`, `context`, `batch` and `idle_watts`; it gets what `harness.run` gives it.
     """
-    context, batch = record["context"], record["batch"]
-    record["variants"] = []
-    for variant in variants:
+    context, batch, ceilings = record["context"], record["batch"], Ceilings(**record["ceilings"])
+
+    def measured(variant: Variant) -> Record:
         decoder = Decoder(build(size, variant, device, torch.bfloat16, context), context, batch)
         steps = 64 if device == "cuda" else 1
         loop = _steps(decoder.runner(), steps)
         energy = measure(loop, steps * batch, counter, record["idle_watts"], seconds, now)
-        record["variants"].append(figures(variant, energy))
-        machine.write(path, record)
+        found = figures(variant, energy, batch, decoder.moved_bytes, ceilings)
         del decoder, loop
         gc.collect()
         torch.cuda.empty_cache()
-    return record
+        return found
+
+    return harness.run(path, record, variants, math.inf, measured, entries="variants")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check the loop, then measure each variant on its own; a result file grows with each."""
+    """Check the loop, then measure each variant on its own; the exit status is 1 if a time was refused."""
     parser = model.parser(__doc__, "energy")
     parser.add_argument("--seconds", type=float, default=10.0, help="that each variant runs; at least 10")
     parser.add_argument("--idle-seconds", type=float, default=10.0, help="that idle power is measured for")
@@ -217,14 +223,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         counter = nvml_counter()
         torch.cuda.synchronize()
-        idle = idle_watts(counter, options.idle_seconds)
-        record |= {"model": "Llama-3-8B", "context": options.context, "batch": options.batch, "idle_watts": idle}
-        run(record, path, "Llama-3-8B", model.variants_of(options.schemes), counter, options.seconds)
+        record["idle_watts"] = idle_watts(counter, options.idle_seconds)
+        record = run(record, path, model.SIZE, model.variants_of(options.schemes), counter, options.seconds)
     except UnavailableError as reason:
         print(f"energy: skipped: {reason}")
         return 0
-    print(f"{result_table(record)}\n{path}")
-    return 0
+    bad = model.refused(record)
+    print("\n".join([result_table(record), str(path), *bad]))
+    return 1 if bad else 0
 
 
 def _steps(step: Callable[[], object], count: int) -> Callable[[], None]:

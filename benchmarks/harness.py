@@ -1,8 +1,8 @@
 """What benchmarks on a GPU share: the record of the machine, result files, a time budget, one measured problem.
 
 A result file is a JSON object: `kind`, `suite`, `date`, `machine`, `ceilings`, `problems` (one entry per problem, in
-the order they were measured), `planned`, `finished` and `seconds`. It is rewritten whole after every problem, through a
-temporary file, so that what stands there is always a whole file.
+the order they were measured) or, where whole models are measured, `variants`, then `planned`, `finished` and `seconds`.
+It is rewritten whole after every entry, through a temporary file, so that what stands there is always a whole file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,20 @@ _MEMORY_SHARE = 0.3  # of the GPU's memory, that the weight sets of one provider
 
 
 def machine(code: str | None = None) -> Record:
-    """The GPU, its driver and clocks, and the versions of what runs on it; code names the commit if git does not."""
+    """The GPU, its driver and clocks, and the versions of what runs on it; code names the commit if git does not.
+
+    Without a GPU the device is "cpu", and nothing else is said of it.
+    """
+    return {
+        **(_gpu() if torch.cuda.is_available() else {"device": "cpu", "driver": None}),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in ("triton", "transformers", "gemlite", "bitsandbytes", "torchao")},
+        "commit": code or commit(),
+    }
+
+
+def _gpu() -> Record:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "device": properties.name,
@@ -52,10 +65,6 @@ def machine(code: str | None = None) -> Record:
         "memory_bytes": properties.total_memory,
         "l2_bytes": timing.l2_bytes(),
         **driver_and_clocks(str(getattr(properties, "uuid", ""))),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        **{package: _version(package) for package in ("triton", "gemlite", "bitsandbytes", "torchao")},
-        "commit": code or commit(),
     }
 
 
@@ -115,6 +124,17 @@ def ceilings() -> Ceilings:
 # ---- result files ----
 
 
+def header(kind: str, suite: str, found: Record, measured: Ceilings | None) -> Record:
+    """How every result file begins; `found` is that of `machine`, and `measured` that of `ceilings`, if it was."""
+    return {
+        "kind": kind,
+        "suite": suite,
+        "date": today(),
+        "machine": found,
+        "ceilings": measured and dataclasses.asdict(measured),
+    }
+
+
 def result_path(folder: pathlib.Path, device: str, date: str, suite: str) -> pathlib.Path:
     """folder/<gpu>/<date>-<suite>.json; with a number after it where a file of that name is there already."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -143,12 +163,17 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 
 
 def newest(kind: str, folder: pathlib.Path = RESULTS) -> pathlib.Path | None:
-    """The result file of a kind with the latest date, with most problems among those; None if there is none."""
+    """The result file of a kind with the latest date, with most entries among those; None if there is none.
+
+    Entries are `problems` or `variants`; a file without any counts for nothing.
+    """
     found = []
     for path in folder.glob("*/*.json"):
         record = json.loads(path.read_text())
-        if isinstance(record, dict) and record.get("kind") == kind and record.get("problems"):
-            found.append((record["date"], len(record["problems"]), path))
+        if isinstance(record, dict) and record.get("kind") == kind:
+            entries = record.get("problems") or record.get("variants")
+            if entries:
+                found.append((record["date"], len(entries), path))
     return max(found)[-1] if found else None
 
 
@@ -188,21 +213,22 @@ def run(
     seconds: float,
     measure: Callable[[Item], Record],
     now: Callable[[], float] = time.monotonic,
+    entries: str = "problems",
 ) -> Record:
     """Measure items in order until the budget is spent, and write the record after each; returns it.
 
-    An item is started only if the longest so far would still fit. The record gets `problems`, `planned`, `finished`,
-    `seconds`.
+    An item is started only if the longest so far would still fit. The record gets `planned`, `finished`, `seconds`, and
+    what was measured under the name `entries`.
     """
     start, longest = now(), 0.0
-    record = {**record, "problems": [], "planned": len(items), "finished": False, "seconds": 0.0}
+    record = {**record, entries: [], "planned": len(items), "finished": False, "seconds": 0.0}
     for item in items:
         began = now()
         if began - start + longest > seconds:
             break
-        record["problems"].append(measure(item))
+        record[entries].append(measure(item))
         longest = max(longest, now() - began)
-        record["finished"] = len(record["problems"]) == len(items)
+        record["finished"] = len(record[entries]) == len(items)
         record["seconds"] = round(now() - start, 1)
         write(path, record)
     return record
@@ -277,10 +303,7 @@ def measure(
         entries[name] |= {kind: dataclasses.asdict(found[name]) for kind, found in timings.items()}
         moved, operations = entries[name]["moved_bytes"], 2 * problem.M * problem.N * problem.K
         scaled = dataclasses.replace(found_ceilings, matmul=found_ceilings.matmul * by_name[name].rate)
-        floor_us = floors.bound_us(moved, operations, scaled)
-        entries[name]["floor_us"] = floor_us
-        limit_us = floors.bound_us(moved, operations, scaled.fastest)
-        entries[name] |= judge(timings["cold"][name].median_us, floor_us, limit_us)
+        entries[name] |= against_floor(timings["cold"][name].median_us, moved, operations, scaled)
     add_speed_ups(entries)
     return {**dataclasses.asdict(problem), "providers": entries}
 
@@ -299,6 +322,12 @@ def _ready(provider: Provider, problem: Problem, x: torch.Tensor, sets: WeightSe
     timing.warm_up(calls)
     timing.capture(calls)  # here, so that one that cannot be captured is found alone
     return {"what": provider.what, "weight_bytes": prepared.nbytes, "moved_bytes": moved}, calls
+
+
+def against_floor(cold_us: float, moved_bytes: int, operations: int, measured: Ceilings) -> Record:
+    """{"floor_us": of moving these bytes and carrying out these operations}, and what `judge` says of a time."""
+    floor_us, limit_us = (floors.bound_us(moved_bytes, operations, each) for each in (measured, measured.fastest))
+    return {"floor_us": floor_us, **judge(cold_us, floor_us, limit_us)}
 
 
 def judge(cold_us: float, floor_us: float, limit_us: float) -> Record:

@@ -107,14 +107,8 @@ def _on_gpu(options: argparse.Namespace, chosen: Suite, planned: Sequence[Proble
     )
     sets, providers = harness.WeightSets(), [PROVIDERS[name] for name in chosen.providers]
     path = harness.result_path(options.out, machine["device"], harness.today(), options.suite)
-    record: harness.Record = {
-        "kind": "matmul",
-        "suite": options.suite,
-        "date": harness.today(),
-        "machine": machine,
-        "ceilings": dataclasses.asdict(ceilings),
-        "providers": {provider.name: provider.what for provider in providers},
-    }
+    record = harness.header("matmul", options.suite, machine, ceilings)
+    record["providers"] = {provider.name: provider.what for provider in providers}
 
     def measure(problem: Problem) -> harness.Record:
         with torch.no_grad():

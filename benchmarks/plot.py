@@ -1,10 +1,10 @@
-"""Pictures of result files of benchmarks.matmul, beside them: speed-up, and share of the floor, against M.
+"""Pictures of result files, beside them: speed-up and share of the floor against M, and joules per token.
 
-    python -m benchmarks.plot                                            # the newest result file
+    python -m benchmarks.plot                                            # the newest result file of each kind
     python -m benchmarks.plot benchmarks/results/nvidia-h200/*-full.json
 
-Each model and scheme of a file gives two PNGs, with a panel per layer and a line per provider. Times that were refused
-are left out.
+Each model and scheme of a file of benchmarks.matmul gives two PNGs, with a panel per layer and a line per provider; a
+file of benchmarks.energy gives one, with a bar per variant. What was refused is left out.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ FIGURES = {
     "speed-up": ("speed_up", "speed-up over bfloat16 cuBLAS, cold", True),
     "floor": ("eta", "floor / cold time", False),
 }
+BASELINE_COLOR, OUR_COLOR, IDLE_COLOR = COLORS["cublas"], COLORS["qkernels"], "#e2e2e2"
 Lines = dict[str, dict[str, list[tuple[int, float]]]]
 
 
@@ -105,21 +106,67 @@ def _draw(path: pathlib.Path, title: str, found: Lines, label: str, logarithmic:
     figure.savefig(path, metadata={"Software": None})  # the same picture is the same file
 
 
+def bars(record: harness.Record) -> dict[str, tuple[float, float]]:
+    """{variant: (joules per token above idle, of idling)} of a result file of benchmarks.energy."""
+    return {
+        v["name"]: (v["joules_per_token_above_idle"], v["joules_per_token"] - v["joules_per_token_above_idle"])
+        for v in record["variants"]
+        if "eta" in v
+    }
+
+
+def draw_energy(record: harness.Record, path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Draw a result file of benchmarks.energy, as `draw` does one of products; nothing if all of it was refused."""
+    from matplotlib.figure import Figure
+
+    found = bars(record)
+    if not found:
+        return
+    figure: Any = Figure(figsize=(6.4, 0.42 * len(found) + 1.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    names, (above, idle) = list(found), zip(*found.values(), strict=True)
+    dense = [v["name"] for v in record["variants"] if v["scheme"] is None]
+    colors = [BASELINE_COLOR if name in dense else OUR_COLOR for name in names]
+    axes.barh(names, above, height=0.6, color=colors)
+    rest = axes.barh(names, idle, left=above, height=0.6, color=IDLE_COLOR, label="what the board takes idling")
+    axes.bar_label(rest, [f"{sum(pair):.3f}" for pair in found.values()], padding=4, fontsize=8)
+    axes.invert_yaxis()  # the first on top
+    axes.margins(x=0.12)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=8, left=False)
+    axes.set_xlabel("joules per token, whole board", fontsize=9)
+    machine = record["machine"]
+    figure.suptitle(
+        f"{record['model']}, context {record['context']}, batch {record['batch']}: {machine['device']}, "
+        f"{record['date']}, torch {machine['torch']}", x=0.01, ha="left", fontsize=9,
+    )  # fmt: skip
+    figure.legend(handles=[rest], loc="outside lower right", frameon=False, fontsize=8)
+    picture = path.with_name(f"{path.stem}-joules.png")
+    figure.savefig(picture, metadata={"Software": None})
+    yield picture
+
+
+DRAWERS = {"matmul": draw, "energy": draw_energy}  # kind of a result file -> what draws it
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Draw files; the exit status is 1 if there is nothing to draw."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=pathlib.Path, help="result files of benchmarks.matmul, or folders")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="result files of matmul or energy, or folders")
     options = parser.parse_args(arguments)
     paths = options.files or [harness.RESULTS]
-    files = [file for path in paths if (file := harness.newest("matmul", path) if path.is_dir() else path)]
+    files: list[pathlib.Path] = []
+    for path in paths:
+        newest = (harness.newest(kind, path) for kind in DRAWERS)
+        files += [file for file in newest if file] if path.is_dir() else [path]
     drawn = 0
     for path in files:
         record = json.loads(path.read_text())
-        if not isinstance(record, dict) or record.get("kind") != "matmul":
-            parser.error(f"{path} is no result file of benchmarks.matmul")
-        for picture in draw(record, path):
+        if not isinstance(record, dict) or record.get("kind") not in DRAWERS:
+            parser.error(f"{path} is no result file of {' or '.join(f'benchmarks.{kind}' for kind in DRAWERS)}")
+        for picture in DRAWERS[record["kind"]](record, path):
             print(picture)
             drawn += 1
     if not drawn:

@@ -49,13 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     machine, ceilings = harness.machine(options.commit), harness.ceilings()
     path = harness.result_path(options.out, machine["device"], harness.today(), "quantize")
-    record: harness.Record = {
-        "kind": "quantize",
-        "suite": "quantize",
-        "date": harness.today(),
-        "machine": machine,
-        "ceilings": dataclasses.asdict(ceilings),
-    }
+    record = harness.header("quantize", "quantize", machine, ceilings)
     record = harness.run(path, record, planned, options.seconds, functools.partial(measure, ceilings=ceilings))
     print(result_table(record))
     wrong = [entry for found in record["problems"] for entry in found["kernels"].values() if "wrong" in entry]

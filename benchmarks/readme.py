@@ -3,7 +3,8 @@
 python -m benchmarks.readme            # rewrite what stands between the markers
 python -m benchmarks.readme --check    # only say whether it would change
 
-Speed is that of the newest result file of benchmarks.matmul. While there is none, the floors stand there.
+Speed is that of the newest result file of benchmarks.matmul. While there is none, the floors stand there. Below it is
+what the newest files of benchmarks.model and benchmarks.energy say, where there are any.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/demo/demo.json"
 MODEL, SCHEME = "Llama-3-8B", "w4g128"  # of the README's table of speed
 OURS = "qkernels"
+KINDS = ("matmul", "model", "energy")  # of result files that the README shows
 
 
 def with_table(readme: str, record: dict[str, Any]) -> str:
@@ -30,9 +32,20 @@ def with_table(readme: str, record: dict[str, Any]) -> str:
     return _between(readme, "demo", demo_table(record))
 
 
-def with_speed(readme: str, path: pathlib.Path | None) -> str:
-    """The README with the table of a result file of benchmarks.matmul between its markers; floors if path is None."""
-    return _between(readme, "speed", floor_block() if path is None else speed_block(path))
+def with_speed(
+    readme: str,
+    products: pathlib.Path | None,
+    model: pathlib.Path | None = None,
+    energy: pathlib.Path | None = None,
+) -> str:
+    """The README with the tables of result files between its markers, one of each of KINDS.
+
+    Floors stand there if there is no file of products; of the other two kinds, nothing.
+    """
+    blocks = [floor_block() if products is None else speed_block(products)]
+    blocks += [] if model is None else [decode_block(model)]
+    blocks += [] if energy is None else [energy_block(energy)]
+    return _between(readme, "speed", "\n".join(blocks))
 
 
 def _between(readme: str, name: str, text: str) -> str:
@@ -99,15 +112,70 @@ def speed_block(path: pathlib.Path) -> str:
             for problem in measured
         ],
     )
-    machine, found = record["machine"], record["ceilings"]
-    commit = re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", machine["commit"])
+    found = record["ceilings"]
     return (
         f"{table}\n{MODEL}, {SCHEME}, weights not in L2, in CUDA graphs. The speed-up of {OURS} is over "
         f"{providers.BASELINE} with a bfloat16 weight; its share of the floor is that time against the least that "
         f"{found['copy'] / 1e12:.2f} TB/s copied and {found['matmul'] / 1e12:.0f} TFLOP/s bfloat16 allow, "
-        f"measured in the same run. {machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton "
-        f"{machine['triton']}, commit {commit}, {record['date']}: {len(record['problems'])} of "
-        f"{record['planned']} problems of suite {record['suite']}.\n" + _pictures(path)
+        f"measured in the same run. {_origin(record)}: {len(record['problems'])} of "
+        f"{record['planned']} problems of suite {record['suite']}.\n" + _pictures(path, f"{MODEL}-{SCHEME}-*")
+    )
+
+
+def decode_block(path: pathlib.Path) -> str:
+    """What a result file of benchmarks.model says of whole steps."""
+    record = json.loads(path.read_text())
+    lines = []
+    for variant in record["variants"]:
+        if "skipped" in variant:
+            figures = ("does not fit", "", "")
+        elif "contaminated" in variant:
+            figures = ("refused", "", "")
+        else:
+            speed_up = f"{variant['speed_up']:.2f}" if "speed_up" in variant else ""
+            figures = (f"{variant['tokens_per_s']:.0f}", f"{variant['eta']:.0%}", speed_up)
+        lines.append((_weights(variant), *figures))
+    return (
+        f"{markdown(('weights', 'tokens/s', 'share of floor', 'speed-up'), lines)}\n"
+        f"Decoding with a model of {_setting(record)}, each step in a CUDA graph. The floor is what "
+        f"reading all weights and the whole cache takes at the {record['ceilings']['copy'] / 1e12:.2f} TB/s of a copy, "
+        f"measured in the same run. {_origin(record)}.\n"
+    )
+
+
+def energy_block(path: pathlib.Path) -> str:
+    """What a result file of benchmarks.energy says."""
+    record = json.loads(path.read_text())
+    lines = []
+    for variant in record["variants"]:
+        keys = ("joules_per_token", "joules_per_token_above_idle")
+        figures = [f"{variant[key]:.3f}" for key in keys] if "eta" in variant else ["refused", ""]
+        lines.append((_weights(variant), *figures))
+    return (
+        f"{markdown(('weights', 'joules per token', 'above idle'), lines)}\n"
+        f"Energy of the whole board, by its own counter, over at least 10 s of decoding with a model of "
+        f"{_setting(record)}; above idle is less the {record['idle_watts']:.0f} W that it "
+        f"takes doing nothing. {_origin(record)}.\n" + _pictures(path, "joules")
+    )
+
+
+def _weights(variant: dict[str, Any]) -> str:
+    return "bfloat16" if variant["scheme"] is None else str(variant["name"])
+
+
+def _setting(record: dict[str, Any]) -> str:
+    batch = record["batch"]
+    sequences = "1 sequence" if batch == 1 else f"{batch} sequences"
+    return f"{record['model']}'s shape and random weights, {sequences}, context {record['context']}"
+
+
+def _origin(record: dict[str, Any]) -> str:
+    """On what a result file was measured, and when."""
+    machine = record["machine"]
+    commit = re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", machine["commit"])
+    return (
+        f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, "
+        f"commit {commit}, {record['date']}"
     )
 
 
@@ -122,9 +190,9 @@ def _figure(problem: dict[str, Any], key: str, form: str) -> str:
     return form.format(entry[key]) if key in entry else ""
 
 
-def _pictures(path: pathlib.Path) -> str:
-    """Links to the pictures that benchmarks.plot has drawn of what the table shows."""
-    found = sorted(path.parent.glob(f"{path.stem}-{MODEL}-{SCHEME}-*.png"))
+def _pictures(path: pathlib.Path, names: str) -> str:
+    """Links to the pictures that benchmarks.plot has drawn of what the table shows; names is a pattern."""
+    found = sorted(path.parent.glob(f"{path.stem}-{names}.png"))
     shown = [picture.relative_to(ROOT) if picture.is_relative_to(ROOT) else picture for picture in found]
     return "".join(f"\n![{picture.stem}]({picture.as_posix()})\n" for picture in shown)
 
@@ -136,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     path = ROOT / "README.md"
     readme = path.read_text()
-    wanted = with_speed(with_table(readme, json.loads(RESULT.read_text())), harness.newest("matmul"))
+    wanted = with_speed(with_table(readme, json.loads(RESULT.read_text())), *map(harness.newest, KINDS))
     if options.check:
         print(
             "README.md is up to date" if readme == wanted else "README.md is out of date: python -m benchmarks.readme"

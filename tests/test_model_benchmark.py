@@ -14,10 +14,14 @@ import torch
 from torch import nn
 
 import qkernels
-from benchmarks import decode, energy, machine, model
+from benchmarks import decode, energy, harness, model, plot, readme
 from benchmarks.decode import Decoder, Variant
 from benchmarks.energy import Energy, UnavailableError
+from benchmarks.floors import Ceilings
 from qkernels import MergedLinear, QuantLinear
+from qkernels.tuning import problems, timing
+
+SLOW = Ceilings("stand-in", copy=4e9, matmul=1e15, source="measured", read=5e9)
 
 
 def _build(scheme: str | None, merged: bool = False) -> Any:
@@ -118,21 +122,49 @@ def _with_shifted_positions(self: Any, tokens: torch.Tensor, positions: torch.Te
 
 
 def test_figures_of_a_variant() -> None:
-    found = model.figures(Variant("w4g128", True), [0.004, 0.002, 0.003], 2, 3_000_000, 1_000_000, 4e9)
+    found = model.figures(Variant("w4g128", True), [0.004, 0.002, 0.003], 2, 3_000_000, 1_000_000, SLOW)
     assert found["name"] == "w4g128 merged"
     assert found["step_ms"] == pytest.approx(3)
     assert (found["step_ms_lowest"], found["step_ms_highest"]) == (2, 4)
     assert found["tokens_per_s"] == pytest.approx(2 / 0.003)
-    assert found["floor_ms"] == pytest.approx(1)
-    assert found["share_of_floor"] == pytest.approx(1 / 3)
-    dense = model.figures(Variant(None), [0.006], 2, 12_000_000, 1_000_000, 4e9)
+    assert found["floor_us"] == pytest.approx(1000)
+    assert found["eta"] == pytest.approx(1 / 3)
+    dense = model.figures(Variant(None), [0.006], 2, 12_000_000, 1_000_000, SLOW)
     variants: list[dict[str, Any]] = [found, dense, {"name": "w8c", "scheme": "w8c", "skipped": "does not fit"}]
     model.add_speed_ups(variants)
     assert [v.get("speed_up") for v in variants] == [pytest.approx(2), 1, None]
-    record = {"model": "m", "context": 4, "batch": 2, "device": "d", "variants": variants}
-    text = model.result_table(record)
+    text = model.result_table(_record("model", variants))
     assert "33%" in text
     assert "skipped: w8c: does not fit" in text
+
+
+def _record(kind: str, variants: list[dict[str, Any]]) -> harness.Record:
+    machine = {"device": "NVIDIA Imaginary", "driver": "1.2", "torch": "9.9", "triton": "8.8", "commit": "0123456789ab"}
+    record = harness.header(kind, kind, machine, SLOW) | {"date": "2026-01-02", "idle_watts": 80.0}
+    return record | {"model": "Llama-3-8B", "context": 64, "batch": 2, "variants": variants}
+
+
+def test_a_step_faster_than_memory_is_refused() -> None:
+    """4 MB take 1 ms to copy here, and 0.8 ms to read."""
+    found = [
+        model.figures(Variant(scheme), [seconds], 1, 3_000_000, 1_000_000, SLOW)
+        for scheme, seconds in ((None, 0.7e-3), ("w4g128", 0.9e-3), ("w8g128", 2e-3))
+    ]
+    assert ["contaminated" in v for v in found] == [True, False, False]
+    assert "eta" not in found[0]
+    assert found[1]["eta"] == pytest.approx(1 / 0.9)  # faster than a copy, which a step is not
+    model.add_speed_ups(found)
+    assert not any("speed_up" in v for v in found)  # over a refused time
+    record = _record("model", found)
+    assert [line.split(":")[:2] for line in model.refused(record)] == [["dense", " contaminated"]]
+    assert "refused" in model.result_table(record)
+    of_energy = [
+        energy.figures(Variant("w4g128"), Energy(100.0, seconds, 50, 4.0), 2, 4_000_000, SLOW)
+        for seconds in (25 * 0.7e-3, 25 * 2e-3)
+    ]
+    assert ["contaminated" in v for v in of_energy] == [True, False]
+    assert of_energy[1]["eta"] == pytest.approx(0.5)
+    assert "refused" in energy.result_table(_record("energy", of_energy))
 
 
 def test_variants_take_turns() -> None:
@@ -165,50 +197,70 @@ def test_variants_on_a_cpu_and_one_that_does_not_fit(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(model, "build", limited)
     variants = model.variants_of(["w4g128", "w8g128"])
-    found = model.measure("tiny", variants, 16, 1, 2, 3, 1e9, "cpu", seconds_per_call)
+    found = model.measure("tiny", variants, 16, 1, 2, 3, SLOW, "cpu", seconds_per_call)
     assert [v["name"] for v in found] == ["dense", "w4g128", "w4g128 merged", "w8g128", "w8g128 merged"]
     assert [v.get("tokens_per_s") for v in found] == [2, 2, 2, None, None]
     assert found[4]["skipped"] == "does not fit: CUDA out of memory. Tried"
     assert found[1]["weight_bytes"] == found[2]["weight_bytes"] < found[0]["weight_bytes"]
 
 
+def _timed(us: float) -> timing.Timing:
+    return timing.Timing(us, us, us, 30, 4)
+
+
 def test_sums_over_layers() -> None:
-    assert [sum(e.count * e.N * e.K for e in machine.MODELS[m]) for m in machine.MODELS] == [6979321856, 68451041280]
-    times = {"qkv": 1.0, "o": 2.0, "gate_up": 3.0, "down": 4.0}
-    assert model.total_us(times, machine.MODELS["Llama-3-70B"]) == 800
-    totals = [
-        {"model": "Llama-3-8B", "scheme": scheme, "layers_us": times, "total_us": us}
-        for scheme, us in ((None, 3000.0), ("w4g128", 1000.0))
-    ]
-    assert "3.00" in model.totals_table({"batch": 1, "totals": totals}).splitlines()[-1]
+    layers = problems.MODELS["Llama-3-70B"]
+    entries: dict[str, Any] = {
+        layer.name: {"cold": {"median_us": us}, "floor_us": us / 2, "eta": 0.5}
+        for layer, us in zip(layers, (1.0, 2.0, 3.0, 4.0), strict=True)
+    }
+    found = model.total(entries, layers)
+    assert (found["total_us"], found["floor_us"]) == (800, 400)  # 80 layers
+    entries["down"] = {"cold": {"median_us": 4.0}, "floor_us": 2.0, "contaminated": "too fast"}
+    found = model.total(entries, layers)
+    assert "total_us" not in found
+    record = _record("model", []) | {"totals": [{"model": "m", "scheme": None, **found}]}
+    assert model.refused(record) == ["m down dense: contaminated: too fast"]
+    assert "4.0!" in model.totals_table(record)
+    assert "refused" in model.totals_table(record)
+
+
+def test_layers_are_timed_with_all_schemes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (problems.Layer("a", 64, 128, 3), problems.Layer("b", 96, 128, 2))
+    monkeypatch.setitem(problems.MODELS, "small", layers)
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 20_000)
+    seen: list[dict[str, int]] = []
+
+    def cold(candidates: dict[str, list[timing.Call]]) -> dict[str, timing.Timing]:
+        seen.append({name: len(calls) for name, calls in candidates.items()})
+        return {"w8c": times[0], "dense": times[1]}
+
+    times = (_timed(20.0), _timed(60.0))
+    monkeypatch.setattr(timing, "cold", cold)
+    dense, found = model.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
+    assert seen == [{"dense": 4, "w8c": 8}, {"dense": 3, "w8c": 5}]
+    assert (dense["scheme"], dense["total_us"], found["scheme"], found["total_us"]) == (None, 300, "w8c", 100)
+    moved = 64 * 128 + 3 * 64 + 2 * 3 * (64 + 128)  # codes, scales and zeros, x and y
+    assert found["layers"]["a"]["floor_us"] == pytest.approx(moved / 4e9 * 1e6)
+    assert found["layers"]["a"]["eta"] == pytest.approx(moved / 4e9 * 1e6 / 20)
+    assert "3.00" in model.totals_table({"batch": 3, "totals": [dense, found]}).splitlines()[-1]
+    times = (_timed(1.0), _timed(60.0))  # 2.5 us at least
+    dense, found = model.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
+    assert "total_us" in dense
+    assert "total_us" not in found
+    assert "contaminated" in found["layers"]["b"]
 
 
 def test_layers_are_timed_with_enough_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.weight_sets(60_000_000) == 3
-    assert machine.weight_sets(50_000_000) == 4
-    monkeypatch.setattr(machine, "L2_BYTES", 60_000)
-    monkeypatch.setattr(machine.weight_sets, "__defaults__", (60_000,))
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 60_000)
     for scheme, nbytes in (("w8c", 64 * 128 + 3 * 64), (None, 2 * 64 * 128)):
-        calls = model.layer_calls(machine.Layer("a", 64, 128, 1), scheme, 3, "cpu")
+        calls = model.layer_calls(problems.Layer("a", 64, 128), scheme, 3, "cpu")
         assert len(calls) == -(-180_000 // nbytes)
-        assert calls[0]().shape == (3, 64)
-        assert not torch.equal(calls[0](), calls[1]())
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "gpu" / "file.json"
-    machine.write(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        machine.write(path, {"a": float("nan")})
-    monkeypatch.setattr(machine.os, "replace", _fail)
-    with pytest.raises(OSError, match="full"):
-        machine.write(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(path.parent.iterdir()) == [path]
-
-
-def _fail(*_: Any) -> None:
-    raise OSError("full")
+        first, second = calls[0](), calls[1]()
+        assert isinstance(first, torch.Tensor)
+        assert isinstance(second, torch.Tensor)
+        assert first.shape == (3, 64)
+        assert not torch.equal(first, second)
 
 
 def test_the_commands_without_a_gpu(
@@ -224,13 +276,138 @@ def test_the_commands_without_a_gpu(
         record = json.loads(path.read_text())
         assert record["kind"] == kind
         assert record["check"]["w4g128"]["merged"] == 0
-        assert {"device", "driver", "torch", "triton", "commit", "date"} <= record.keys()
+        assert {"suite", "date", "machine", "ceilings"} <= record.keys()
+        assert {"device", "driver", "torch", "triton", "transformers", "commit"} <= record["machine"].keys()
+        assert record["machine"]["device"] == "cpu"
+        assert harness.newest(kind, tmp_path) is None  # nothing was measured
     for bad in (["--schemes", "int4"], ["--context", "1"], ["--batch", "0"]):
         with pytest.raises(SystemExit):
             model.main(bad)
     with pytest.raises(SystemExit):
         energy.main(["--seconds", "3"])
-    assert model.result_path(tmp_path, "CPU", record["date"], "model-check").name.endswith("model-check-2.json")
+    assert model.main(["--tiny", "--commit", "abc", "--out", str(tmp_path)]) == 0
+    (again,) = (tmp_path / "cpu").glob("*-model-check-2.json")
+    assert json.loads(again.read_text())["machine"]["commit"] == "abc"
+
+
+def test_the_command_of_the_model_on_a_gpu(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but what needs one: the loop runs a tiny model on the CPU, and layers take the time they are said to."""
+    measure, seconds = model.measure, [0.5]
+
+    def on_cpu(size: str, *rest: Any) -> list[harness.Record]:
+        assert size == "Llama-3-8B"
+        return measure("tiny", *rest, device="cpu", seconds_per_call=lambda call, calls: seconds[0])
+
+    def layer_totals(name: str, schemes: tuple[str | None, ...], tokens: int, ceilings: Ceilings) -> list[Any]:
+        (path,) = tmp_path.glob("*/*.json")
+        written = json.loads(path.read_text())
+        assert len(written["variants"]) == 3  # before the totals
+        assert not written["finished"]
+        entry = {"cold": {"median_us": 7.0}, "floor_us": 5.0, "eta": 0.7}
+        layers = problems.MODELS[name]
+        found = model.total({layer.name: entry for layer in layers}, layers)
+        return [{"model": name, "scheme": scheme, **found} for scheme in schemes]
+
+    monkeypatch.setattr(model, "check", lambda schemes, device: {})
+    monkeypatch.setattr(model, "measure", on_cpu)
+    monkeypatch.setattr(model, "layer_totals", layer_totals)
+    monkeypatch.setattr(harness, "machine", lambda code: {"device": "NVIDIA Imaginary", "commit": code})
+    monkeypatch.setattr(harness, "ceilings", lambda: SLOW)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    command = ["--context", "16", "--commit", "abc", "--out", str(tmp_path)]
+    assert model.main(command) == 0
+    path = harness.newest("model", tmp_path)
+    assert path is not None
+    assert path.parent.name == "nvidia-imaginary"
+    record = json.loads(path.read_text())
+    assert (record["kind"], record["suite"], record["planned"], record["finished"]) == ("model", "model", 3, True)
+    assert (record["machine"]["commit"], record["ceilings"]["copy"]) == ("abc", 4e9)
+    assert record["seconds"] >= 0
+    assert [v["tokens_per_s"] for v in record["variants"]] == [2, 2, 2]
+    assert [t["total_us"] for t in record["totals"]] == [32 * 4 * 7.0] * 2 + [80 * 4 * 7.0] * 2
+    assert str(path) in capsys.readouterr().out
+    seconds[0] = 1e-9
+    assert model.main([*command, "--no-totals"]) == 1
+    assert "w4g128 merged: contaminated: 0.00 us is below" in capsys.readouterr().out
+
+
+# ---- README and pictures ----
+
+
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """A result file of each kind, with one time refused and one variant that did not fit."""
+    of_model: list[dict[str, Any]] = [
+        model.figures(Variant(scheme, merged), [seconds], 2, 3_000_000, 1_000_000, SLOW)
+        for scheme, merged, seconds in ((None, False, 8e-3), ("w4g128", True, 2e-3), ("w2g64", False, 1e-6))
+    ]
+    model.add_speed_ups(of_model)
+    of_model.append({"name": "w8g128", "scheme": "w8g128", "merged": False, "skipped": "does not fit: no room"})
+    of_energy = [
+        energy.figures(Variant(scheme), Energy(joules, seconds, 1000, 50.0), 2, 4_000_000, SLOW)
+        for scheme, joules, seconds in ((None, 2000.0, 10.0), ("w4g128", 1000.0, 5.0), ("w2g64", 1.0, 1e-3))
+    ]
+    found = {}
+    for kind, variants in (("model", of_model), ("energy", of_energy)):
+        found[kind] = folder / "gpu" / f"2026-01-02-{kind}.json"
+        harness.write(found[kind], _record(kind, variants))
+    return found
+
+
+def test_the_readme_has_decoding_and_energy(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = "a\n<!-- speed:begin -->\n<!-- speed:end -->\nb\n"
+    bare = readme.with_speed(empty, None)
+    assert "tokens/s" not in bare
+    assert "joules" not in bare
+    files = _files(tmp_path)
+    found = readme.with_speed(empty, None, files["model"])
+    assert found.startswith(bare.removesuffix("<!-- speed:end -->\nb\n"))
+    assert "| weights | tokens/s | share of floor | speed-up |" in found
+    assert "| bfloat16 | 250 | 12% | 1.00 |\n| w4g128 merged | 1000 | 50% | 4.00 |\n" in found
+    assert "| w2g64 | refused |  |  |\n| w8g128 | does not fit |  |  |\n" in found
+    assert "2 sequences, context 64" in found
+    assert "NVIDIA Imaginary, driver 1.2, torch 9.9, Triton 8.8, commit 012345678, 2026-01-02" in found
+    assert "joules" not in found
+    found = readme.with_speed(empty, None, *files.values())
+    assert "tokens/s" in found
+    assert "| bfloat16 | 2.000 | 1.500 |\n| w4g128 | 1.000 | 0.750 |\n| w2g64 | refused |  |\n" in found
+    assert "joules.png" not in found
+    alone = readme.with_speed(empty, None, None, files["energy"])
+    assert "| w4g128 | 1.000 | 0.750 |" in alone
+    assert "tokens/s" not in alone
+    (picture,) = plot.draw_energy(json.loads(files["energy"].read_text()), files["energy"])
+    assert f"({picture.as_posix()})" in readme.with_speed(empty, None, *files.values())
+
+    (tmp_path / "README.md").write_text(f"<!-- demo:begin -->\n<!-- demo:end -->\n{empty}")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "newest", lambda kind, newest=harness.newest: newest(kind, tmp_path))
+    assert readme.main(["--check"]) == 1
+    assert readme.main([]) == 0
+    assert readme.main(["--check"]) == 0
+    written = (tmp_path / "README.md").read_text()
+    assert "No result file from a GPU yet" in written  # of products
+    assert "| w4g128 merged | 1000 |" in written
+    assert "| w4g128 | 1.000 | 0.750 |" in written
+    assert "(gpu/2026-01-02-energy-joules.png)" in written
+
+
+def test_joules_are_drawn(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = _files(tmp_path)
+    record = json.loads(files["energy"].read_text())
+    assert plot.bars(record) == {"dense": (1.5, 0.5), "w4g128": (0.75, 0.25)}  # the refused one is left out
+    assert plot.main([str(tmp_path)]) == 0
+    picture = files["energy"].with_name("2026-01-02-energy-joules.png")
+    assert capsys.readouterr().out.splitlines() == [str(picture)]
+    first = picture.read_bytes()
+    assert first[:8] == b"\x89PNG\r\n\x1a\n"
+    assert plot.main([str(files["energy"])]) == 0
+    assert picture.read_bytes() == first
+    assert list(plot.draw_energy(record | {"variants": record["variants"][2:]}, files["energy"])) == []
+    with pytest.raises(SystemExit):
+        plot.main([str(files["model"])])
+    assert "no result file of benchmarks.matmul or benchmarks.energy" in capsys.readouterr().err
 
 
 # ---- energy ----
@@ -271,11 +448,10 @@ def test_energy_of_a_loop() -> None:
     assert found.watts == pytest.approx(500)
     assert found.joules_per_token == pytest.approx(500 * 0.3 / 32)
     assert found.joules_per_token_above_idle == pytest.approx(420 * 0.3 / 32)
-    record = energy.figures(Variant("w4g128"), found)
+    record = energy.figures(Variant("w4g128"), found, 32, 4_000_000, SLOW)
     assert record["joules"] == pytest.approx(5100)
-    table = energy.result_table(
-        {"model": "m", "context": 1, "batch": 32, "device": "d", "idle_watts": idle, "variants": [record]}
-    )
+    assert record["eta"] == pytest.approx(1e-3 / 0.3)
+    table = energy.result_table(_record("energy", [record]) | {"idle_watts": idle})
     assert "idles at 80 W" in table
     assert "4.688" in table
     assert "3.938" in table
@@ -292,18 +468,21 @@ def test_a_counter_that_stands_still_is_no_counter() -> None:
 def test_variants_are_measured_one_by_one(tmp_path: pathlib.Path) -> None:
     board = Board(watts=500, idle=80)
     seen: list[int] = []
-    path = tmp_path / "energy.json"
+    path = tmp_path / "gpu" / "energy.json"
 
     def now() -> float:
         board.spend(3, 500)
         seen.append(len(json.loads(path.read_text())["variants"]) if path.exists() else 0)
         return board.seconds
 
-    record: dict[str, Any] = {"context": 8, "batch": 2, "idle_watts": 80.0}
+    record = _record("energy", []) | {"context": 8}
     variants = [Variant(None), Variant("w4g128", True)]
-    energy.run(record, path, "tiny", variants, board.counter, 10, "cpu", now)
+    record = energy.run(record, path, "tiny", variants, board.counter, 10, "cpu", now)
     assert sorted(set(seen)) == [0, 1]  # the first is in the file while the second runs
     written = json.loads(path.read_text())
+    assert written == record
+    assert (written["planned"], written["finished"]) == (2, True)
+    assert harness.newest("energy", tmp_path) == path
     assert [v["name"] for v in written["variants"]] == ["dense", "w4g128 merged"]
     assert written["variants"][1]["tokens"] % 2 == 0
 
@@ -355,11 +534,13 @@ def test_a_captured_step_repeats_what_an_eager_one_does() -> None:
 
 
 @pytest.mark.gpu
-def test_the_loop_is_measured(tmp_path: pathlib.Path) -> None:
+def test_the_loop_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.check(["w4g128"], "cuda")
-    bandwidth = machine.copy_bandwidth(2**28)
-    found = model.measure("tiny", model.variants_of(["w4g128"]), 64, 1, 2, 4, bandwidth)
-    assert all(v["step_ms"] > v["floor_ms"] for v in found)
+    ceilings = harness.ceilings()
+    found = model.measure("tiny", model.variants_of(["w4g128"]), 64, 1, 2, 4, ceilings)
+    assert all(v["eta"] < 1 for v in found)
+    monkeypatch.setitem(problems.MODELS, "small", (problems.Layer("a", 4096, 4096, 2),))
     with torch.no_grad():
-        calls = model.layer_calls(machine.Layer("a", 4096, 4096, 1), "w4g128", 1, "cuda")
-        assert 1 < machine.cold_us(calls, replays=3) < 1000
+        for total in model.layer_totals("small", (None, "w4g128"), 1, ceilings):
+            assert 1 < total["layers"]["a"]["cold"]["median_us"] < 1000
+            assert total["total_us"] == 2 * total["layers"]["a"]["cold"]["median_us"]
