@@ -74,12 +74,13 @@ def _decide(
     if tokens == 0 or out_features == 0 or in_features == 0:
         return _empty
     config = choose.matmul(tokens, out_features, in_features, parsed, x.dtype, device_of(x.get_device()))
-    tensors = _regular(x, packed, scale, zero, bias)
-    if isinstance(config, DenseConfig) or any(a is not b for a, b in zip(tensors, (x, packed, scale, zero, bias))):
+    given = x, packed, scale, zero, bias
+    regular = all(a is b for a, b in zip(_regular(*given), given, strict=True))
+    if isinstance(config, DenseConfig) or not regular:
         return functools.partial(_general, scheme=parsed, config=config)
     from qkernels.kernels import matmul as kernel
 
-    return kernel.prepare(x, packed, scale, zero, bias, parsed, config)
+    return kernel.prepare(*given, parsed, config)
 
 
 def _empty(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
