@@ -3,8 +3,8 @@
     python -m benchmarks.overhead
 
 For dispatch the implementation is replaced by one that returns a ready result, so what is left is the way to it and
-back: argument checks are part of the CPU's implementation and are timed apart. For launches a stand-in takes the place of
-Triton's driver: kernels are compiled for an H200 and everything is done but the driver's own launch, and memory for
+back: argument checks are part of the CPU's implementation and are timed apart. For launches a stand-in takes the place
+of Triton's driver: kernels are compiled for an H200 and everything is done but the driver's own launch, and memory for
 results comes from the CPU's allocator. Times are of this machine; only their ratios carry over.
 """
 

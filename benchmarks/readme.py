@@ -3,7 +3,7 @@
 python -m benchmarks.readme            # rewrite what stands between the markers
 python -m benchmarks.readme --check    # only say whether it would change
 
-Speed is that of the newest result file of benchmarks.matmul. While there is none, the floors stand there. Below it is
+What kernels cost by their machine code stands in the result file of benchmarks.static_cost. Speed is that of the newest result file of benchmarks.matmul. While there is none, the floors stand there. Below it is
 what the newest files of benchmarks.model and benchmarks.energy say, where there are any.
 """
 
@@ -18,12 +18,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks import floors, harness, matmul, providers
+from benchmarks.static_cost import GPUS
 from qkernels.demo.story import COLUMNS, rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/demo/demo.json"
 MODEL, SCHEME = "Llama-3-8B", "w4g128"  # of the README's table of speed
 OURS = "qkernels"
+STATIC = ROOT / "benchmarks/results/static/matmul.json"
+STATIC_SCHEMES = ("w4g128", "w8g128", "w2g64", "w3g128")
+STATIC_CAPABILITIES = (80, 89, 90)
 KINDS = ("matmul", "model", "energy")  # of result files that the README shows
 
 
@@ -46,6 +50,11 @@ def with_speed(
     blocks += [] if model is None else [decode_block(model)]
     blocks += [] if energy is None else [energy_block(energy)]
     return _between(readme, "speed", "\n".join(blocks))
+
+
+def with_static(readme: str, records: Sequence[dict[str, Any]]) -> str:
+    """The README with the table of static costs between its markers."""
+    return _between(readme, "static", static_table(records))
 
 
 def _between(readme: str, name: str, text: str) -> str:
@@ -71,6 +80,38 @@ def demo_table(record: dict[str, Any]) -> str:
         f"rounded to nearest; perplexity and KL (nats per token, from the unquantized model) over {windows} windows of "
         f"{length} tokens of {record['text']}; seconds to quantize, check and predict on {record['threads']} threads "
         f"of {record['device']}. Measured {record['date']} with torch {record['torch']}.\n"
+    )
+
+
+def static_table(records: Sequence[dict[str, Any]]) -> str:
+    """What the machine code of products of one token tells, for GPUs that people have."""
+    columns = ("scheme", "GPU", "registers", "programs/SM", "instr/weight", "shared op/weight", "bound", "of bandwidth")
+    shown = [
+        record
+        for scheme in STATIC_SCHEMES
+        for record in records
+        if (record["kernel"], record["scheme"], record["dtype"], record["tokens"]) == ("matmul", scheme, "bfloat16", 1)
+        and record["capability"] in STATIC_CAPABILITIES
+    ]
+    lines = [
+        (
+            record["scheme"],
+            f"{GPUS[record['capability']].name} (sm_{record['capability']})",
+            str(record["registers"]),
+            str(record["programs"]),
+            f"{record['instructions_per_weight']:.2f}",
+            f"{record['shared_operations_per_weight']:.2f}",
+            record["bound"],
+            f"{100 * record['memory_share']:.0f} %",
+        )
+        for record in shown
+    ]
+    spilled = max(record["stack_bytes"] for record in shown)
+    spills = f"Spills: up to {spilled} bytes" if spilled else "None spills"
+    return (
+        f"{markdown(columns, lines, text_columns=2)}\nOne bfloat16 token, as compiled: instructions and operations on "
+        "shared memory of the main loop, for each weight; what bounds a weight at the GPU's rates, and the share of "
+        f"memory bandwidth that the bound leaves. {spills}.\n"
     )
 
 
@@ -204,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     path = ROOT / "README.md"
     readme = path.read_text()
-    wanted = with_speed(with_table(readme, json.loads(RESULT.read_text())), *map(harness.newest, KINDS))
+    wanted = with_table(readme, json.loads(RESULT.read_text()))
+    wanted = with_static(wanted, json.loads(STATIC.read_text()))
+    wanted = with_speed(wanted, *map(harness.newest, KINDS))
     if options.check:
         print(
             "README.md is up to date" if readme == wanted else "README.md is out of date: python -m benchmarks.readme"

@@ -792,3 +792,22 @@ def test_gpu_the_quick_suite_on_a_small_layer(tmp_path: pathlib.Path, monkeypatc
             assert "failed" not in entry, (name, entry)
         assert problem["providers"]["qkernels"]["cold"]["median_us"] > 0
     assert benchmark_quantize.main(["--schemes", "w4g128", "w8cs", "--out", str(tmp_path)]) == 0
+
+
+def test_static_costs_in_the_readme() -> None:
+    records = [
+        {
+            "kernel": "matmul", "scheme": scheme, "capability": capability, "dtype": dtype, "tokens": tokens,
+            "registers": 100, "stack_bytes": 0, "programs": 12, "instructions_per_weight": 2.204,
+            "shared_operations_per_weight": 0.15, "bound": "memory", "memory_share": 1.0,
+        }
+        for scheme in ("w4g128", "w4g128s") for capability in (90, 100)
+        for dtype in ("float16", "bfloat16") for tokens in (1, 64)
+    ]  # fmt: skip
+    found = readme.with_static("a\n<!-- static:begin -->\nold\n<!-- static:end -->\nb\n", records)
+    rows = [line for line in found.splitlines() if line.startswith("| w")]
+    assert rows == ["| w4g128 | H200 (sm_90) | 100 | 12 | 2.20 | 0.15 | memory | 100 % |"]
+    assert "None spills." in found
+    assert "old" not in found
+    records[2]["stack_bytes"] = 8
+    assert "Spills: up to 8 bytes." in readme.static_table(records)
