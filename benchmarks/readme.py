@@ -3,8 +3,9 @@
 python -m benchmarks.readme            # rewrite what stands between the markers
 python -m benchmarks.readme --check    # only say whether it would change
 
-What kernels cost by their machine code stands in the result file of benchmarks.static_cost. Speed is that of the newest result file of benchmarks.matmul. While there is none, the floors stand there. Below it is
-what the newest files of benchmarks.model and benchmarks.energy say, where there are any.
+What kernels cost by their machine code stands in the result file of benchmarks.static_cost. Speed is that of the newest
+result file of benchmarks.matmul. While there is none, the floors stand there. Below it is what the newest files of
+benchmarks.model and benchmarks.energy say, where there are any.
 """
 
 from __future__ import annotations
