@@ -29,7 +29,7 @@ B200 = Device("NVIDIA B200", 100, 148)
     [
         (1, "w4g128", torch.float16, DECODE),
         (8, "w4g64", torch.bfloat16, DECODE),
-        (1, "w8cs", torch.bfloat16, DECODE),
+        (1, "w8cs", torch.bfloat16, dataclasses.replace(DECODE, max_registers=184)),
         (1, "w2g128f", torch.float16, DECODE),
         (1, "w1g128", torch.float16, dataclasses.replace(DECODE, max_registers=255)),
         (9, "w4g128", torch.float16, FEW),

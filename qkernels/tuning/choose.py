@@ -130,7 +130,9 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
         block_m = 64
     num_warps = 1 if light and (block_m == 8 or (block_m == 16 and step < 256 and not offset)) else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
-    max_registers = 168 if light and block_m == 8 and step < 256 else 255
+    max_registers = 255
+    if light and block_m == 8 and step < 256:
+        max_registers = 184 if scheme.bits == 8 else 168  # for 11 or 12 programs on a multiprocessor
     return MatmulConfig(block_m, 64, 1, splits=1, num_warps=num_warps, num_stages=3, max_registers=max_registers)
 
 
