@@ -90,7 +90,10 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
         Stage("quantize", module("benchmarks.quantize", "--out", out / "results"), 0.04),
         Stage("model", module("benchmarks.model", "--out", out / "results"), 0.08, environment=tuned),
         Stage("energy", module("benchmarks.energy", "--out", out / "results"), 0.05, environment=tuned),
-        Stage("gluon", module("benchmarks.gluon_matmul", "--seconds", share(0.025), "--out", out / "results"), 0.03),
+        Stage(
+            "gluon",
+            module("benchmarks.gluon_matmul", "--seconds", share(0.025), "--limit", 45, "--out", out / "results"), 0.03,
+        ),
         Stage("plots", module("benchmarks.plot", out / "results"), 0.02),
     ]  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -168,3 +170,37 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     last = gluon_matmul.result_table(record).splitlines()[-1]
     words = re.split(r"\s{2,}", last.strip())
     assert words == ["4", "16", "256", "15.0", "not proved", "failed", "7.0", "12.0", "8.0", "0.80x"]
+
+
+def test_what_hangs_is_reported_and_not_timed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def proved(command: Sequence[str], seconds: float) -> str:
+        return "hangs: no answer in 7 s" if command[-1] == "cross-256x128" else "exact"
+
+    def measure(problem: Problem, variants: Sequence[str], **rest: object) -> harness.Record:
+        entries = {name: {"cold": {"median_us": 9.0}, "eta": 0.5} for name in (*variants, "cublas")}
+        return {**dataclasses.asdict(problem), "candidates": entries}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(harness, "machine", lambda commit: {"device": "Test GPU"})
+    monkeypatch.setattr(harness, "ceilings", lambda: floors.GPUS["H200"])
+    monkeypatch.setattr(gluon_matmul, "proved", proved)
+    monkeypatch.setattr(gluon_matmul, "measure", measure)
+    assert gluon_matmul.main(["--out", str(tmp_path)]) == 1
+    assert "cross-256x128: hangs: no answer in 7 s" in capsys.readouterr().out
+    (path,) = tmp_path.glob("test-gpu/*-gluon.json")
+    record = json.loads(path.read_text())
+    assert record["finished"]
+    assert len(record["problems"]) == 12
+    assert set(record["problems"][0]["candidates"]) == {"cross-128x256", "drain-128x256", "cublas"}
+    monkeypatch.setattr(gluon_matmul, "proved", lambda *_: "exact")
+    assert gluon_matmul.main(["--out", str(tmp_path)]) == 0
+
+
+def test_no_proof_without_the_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gluon_matmul.main(["--prove", "cross-128x256"])
+    assert "--prove needs a GPU of sm_90" in capsys.readouterr().err
