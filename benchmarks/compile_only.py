@@ -19,7 +19,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import triton
@@ -55,9 +55,10 @@ class Sass:
     registers: int  # per thread
     stack_bytes: int  # per thread; above 0 means spills or a local array
     instructions: int
-    loop_instructions: int  # of the main loop: the longest backward branch
+    loop_instructions: int  # of the main loop: the longest of `loops`
     opcodes: collections.Counter[str]  # of the whole kernel, by stem: "HGMMA", "LOP3", "STS", ...
     loop_opcodes: collections.Counter[str]
+    loops: tuple[tuple[str, ...], ...]  # the code of those that multiply by wgmma, or else of the longest one alone
     accesses: collections.Counter[str]  # to global memory in the whole kernel, with their width: "LDG.E.128", ...
 
 
@@ -164,23 +165,40 @@ def disassemble(cubin: bytes) -> Sass:
             labels[label[1]] = len(code)
         if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(instruction[1])
-    start, stop = 0, 0
+    backward = []
     for at, text in enumerate(code):
         jump = re.search(r"BRA.*?`\((\.L_\w+)\)", text)
-        if jump and labels.get(jump[1], at + 1) <= at and at + 1 - labels[jump[1]] > stop - start:
-            start, stop = labels[jump[1]], at + 1
+        if jump and labels.get(jump[1], at + 1) <= at:
+            backward.append((labels[jump[1]], at + 1))
+    loops = [tuple(code[start:stop]) for start, stop in _main_loops(code, backward)]
     return Sass(
         registers=int(found[1]),
         stack_bytes=int(found[2]),
         instructions=len(code),
-        loop_instructions=stop - start,
+        loop_instructions=len(loops[0]) if loops else 0,
         opcodes=_stems(code),
-        loop_opcodes=_stems(code[start:stop]),
+        loop_opcodes=_stems(loops[0] if loops else ()),
+        loops=tuple(loops),
         accesses=collections.Counter(re.findall(r"\b(?:LDG|STG)\.\S+", "\n".join(code))),
     )
 
 
-def _stems(code: list[str]) -> collections.Counter[str]:
+def _main_loops(code: Sequence[str], backward: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, stop) of what `Sass.loops` are, longest first, from all backward branches.
+
+    A kernel of several partitions has a loop in each, all within the one that hands out work; and a wait that is tried
+    again out of line jumps back into the loop from far behind it. So of branches that overlap the shortest is the loop.
+    """
+    found: list[tuple[int, int]] = []
+    by_length = sorted(backward, key=lambda loop: loop[1] - loop[0])
+    for start, stop in by_length:
+        apart = all(stop <= other_start or other_stop <= start for other_start, other_stop in found)
+        if apart and any("HGMMA" in text for text in code[start:stop]):
+            found.append((start, stop))
+    return found[::-1] or by_length[-1:]
+
+
+def _stems(code: Iterable[str]) -> collections.Counter[str]:
     return collections.Counter(re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in code)
 
 

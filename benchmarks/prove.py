@@ -75,10 +75,10 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
             "stress", module("benchmarks.stress", "--seconds", share(0.05), "--out", out / "stress.json"), 0.06,
             proof=True,
         ),
-        Stage("tests", (*_PYTEST, "tests", "--ignore=tests/test_compile.py"), 0.15, proof=True),
+        Stage("tests", (*_PYTEST, "tests", "--ignore=tests/test_compile.py"), 0.14, proof=True),
         Stage("quick", module("benchmarks.matmul", "--suite", "quick", "--out", out / "results"), 0.05),
         Stage(
-            "tune", module("qkernels.cli", "tune", "--minutes", share(0.2) / 60, "--out", table), 0.22,
+            "tune", module("qkernels.cli", "tune", "--minutes", share(0.2) / 60, "--out", table), 0.21,
             environment=tuned,
         ),
         Stage("memcheck", sanitizer("memcheck"), 0.05, environment=_WATCHED),
@@ -90,6 +90,10 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
         Stage("quantize", module("benchmarks.quantize", "--out", out / "results"), 0.04),
         Stage("model", module("benchmarks.model", "--out", out / "results"), 0.08, environment=tuned),
         Stage("energy", module("benchmarks.energy", "--out", out / "results"), 0.05, environment=tuned),
+        Stage(
+            "gluon",
+            module("benchmarks.gluon_matmul", "--seconds", share(0.025), "--limit", 45, "--out", out / "results"), 0.03,
+        ),
         Stage("plots", module("benchmarks.plot", out / "results"), 0.02),
     ]  # fmt: skip
 
