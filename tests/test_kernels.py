@@ -127,9 +127,10 @@ def test_scaled_weights(text: str, dtype: torch.dtype, device: str, path: str) -
     """Exact where scales are powers of two; else as if weights were rounded to x's dtype."""
     text += {torch.float16: "", torch.bfloat16: "-bf16"}[dtype]
     config = dataclasses.replace(CONFIG, scale_weights=True, splits=2)
-    weight, x = exact_weight(text, 20, 300), signs(5, 300, dtype)
-    y = _run(x, weight, None, config, device)
-    assert torch.equal(y, truth.rounded(truth.as_array(x) @ weight.values.T, dtype))
+    for in_features in (300, 32):  # of 32 there is one group
+        weight, x = exact_weight(text, 20, in_features), signs(5, in_features, dtype)
+        y = _run(x, weight, None, config, device)
+        assert torch.equal(y, truth.rounded(truth.as_array(x) @ weight.values.T, dtype))
     weight, x = random_weight(text, 20, 300), torch.randn(5, 300).to(dtype)
     exact = truth.as_array(x) @ weight.values.T
     magnitude = bounds.matmul_magnitude(truth.as_array(x), weight.values, None)

@@ -246,7 +246,7 @@ def prepare(
         "HAS_BIAS": bias is not None and splits == 1,
         "HAS_TAIL": K % step != 0,
         "SPLIT": splits > 1,
-        "SCALE_WEIGHTS": config.scale_weights,
+        "SCALE_WEIGHTS": config.scale_weights and scale.shape[0] > 1,
         "PTX": has_ptx() and x.dtype != torch.float32,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

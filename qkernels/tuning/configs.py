@@ -39,7 +39,7 @@ class MatmulConfig:
     num_stages: int
     max_registers: int  # that a thread may have
     # Scale each weight, rounding it to x's dtype, instead of each group's sum: fewer registers and, with many tokens,
-    # fewer instructions.
+    # fewer instructions. Where all of K is one group it is scaled at the end, whatever stands here.
     scale_weights: bool = False
 
     @functools.cached_property
