@@ -1,6 +1,7 @@
 """What every launch needs to know about where it runs."""
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -73,23 +74,16 @@ class Launch:
                 self(*tensors)
             return
         pointers = [t.data_ptr() for t in tensors]
+        misaligned = functools.reduce(operator.or_, pointers) & 15
         compiled = self.compiled.get(device)
-        if compiled is None or _misaligned(pointers) or _enter_hooks.calls or _exit_hooks.calls:
+        if compiled is None or misaligned or _enter_hooks.calls or _exit_hooks.calls:
             found = self.kernel[(self.programs,)](*tensors, *self.numbers, **self.named)
-            if not _misaligned(pointers):
-                self.compiled[device] = found
+            if not misaligned:
+                self.compiled[device] = found.run, found.function, found.packed_metadata
             return
-        compiled.run(
-            self.programs, 1, 1, driver.get_current_stream(device), compiled.function, compiled.packed_metadata,
-            None, None, None, *pointers, *self.rest,
-        )  # fmt: skip
-
-
-def _misaligned(pointers: list[int]) -> int:
-    either = 0
-    for pointer in pointers:
-        either |= pointer
-    return either & 15
+        run, function, metadata = compiled
+        stream = driver.get_current_stream(device)
+        run(self.programs, 1, 1, stream, function, metadata, None, None, None, *pointers, *self.rest)
 
 
 _INTERPRETED = triton.knobs.runtime.interpret

@@ -124,7 +124,7 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     short = odd or (isinstance(group, int) and group < 64)
     light = len(PLANES[scheme.bits]) == 1 and not short
     block_m = 8 if tokens <= 8 else 16
-    if tokens > 16 and step < 256 and not odd and not (short and offset):
+    if tokens > 16 and not odd and short + offset + (step == 256) <= 1:
         block_m = 32
     if tokens > 32 and step < 256 and light and not offset and group not in range(128):
         block_m = 64
