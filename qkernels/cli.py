@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qkernels", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"qkernels {importlib.metadata.version('qkernels')}")
+    parser.add_argument("--version", action="version", version=f"qkernels {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.set_defaults(run=_tune)
     return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qkernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
 
 
 def positive_int(text: str) -> int:

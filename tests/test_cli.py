@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import pathlib
 import subprocess
 import sys
@@ -119,3 +120,15 @@ def test_the_installed_command_shows_its_help() -> None:
     assert all(command in done.stdout for command in ("demo", "quantize", "inspect"))
     done = subprocess.run([sys.executable, "-m", "qkernels.cli"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
+
+
+def test_a_checkout_that_is_not_installed_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert "not installed" in capsys.readouterr().out
