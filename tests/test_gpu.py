@@ -77,7 +77,7 @@ def test_bound_on_tensor_cores(text: str, dtype: torch.dtype) -> None:
 def test_many_tokens_hold_their_bound(text: str, dtype: torch.dtype) -> None:
     """Past the fused kernel: weights are rounded to x's dtype, and cuBLAS multiplies."""
     device = device_of(torch.cuda.current_device())
-    tokens = choose.most_fused_tokens(dtype, device) + 40
+    tokens = choose.most_fused_tokens(Scheme.parse(text), dtype, device) + 40
     assert isinstance(choose.matmul(tokens, 300, 1000, Scheme.parse(text), dtype, device), DenseConfig)
     weight, x = random_weight(text, 300, 1000), torch.randn(tokens, 1000).to(dtype)
     bias = torch.randn(300).to(dtype)

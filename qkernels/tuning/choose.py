@@ -76,7 +76,7 @@ def heuristic(
     Few tokens are a matter of reading weights: the fused kernel, its K split until the GPU is full. Many are a matter
     of arithmetic, at which cuBLAS is best: from about where dequantizing costs less than what it gains.
     """
-    if tokens > most_fused_tokens(dtype, device):
+    if tokens > most_fused_tokens(scheme, dtype, device):
         return dense(out_features, in_features, dtype)
     return fused(tokens, out_features, in_features, scheme, dtype, device)
 
@@ -97,16 +97,17 @@ def dense(out_features: int, in_features: int, dtype: torch.dtype) -> DenseConfi
     return DenseConfig(rows=min(out_features, -(-rows // multiple) * multiple))
 
 
-def most_fused_tokens(dtype: torch.dtype, device: Device) -> int:
+def most_fused_tokens(scheme: Scheme, dtype: torch.dtype, device: Device) -> int:
     """How many tokens the fused kernel serves sooner than dequantizing and cuBLAS, were both at their rates.
 
-    Dequantizing a weight moves about 2.5 bytes, and 2 are read again; the fused kernel does 2 operations for each token
-    and weight at a lower rate.
+    Dequantizing a weight moves about 2.5 bytes, and 2 are read again. The fused kernel does 2 operations for each token
+    and weight at a lower rate than cuBLAS, and unpacks a weight, by about 4 instructions, for each tile of tokens.
     """
     if dtype is torch.float32:
         return 32  # without tensor cores the fused kernel has no chance
     rates = device.rates
-    lost = 2 * (1 / rates.fused - 1) / rates.tensor  # seconds for a token and weight
+    unpacking = 4 / _tile(1 << 20, scheme, dtype).block_m / rates.issue
+    lost = max(2 / (rates.fused * rates.tensor), unpacking) - 2 / rates.tensor  # seconds for a token and weight
     return round(4.5 / rates.bandwidth / lost / 16) * 16
 
 

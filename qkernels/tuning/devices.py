@@ -15,23 +15,25 @@ class Rates:
 
     Attributes:
         bandwidth: of its memory, bytes/s.
+        issue: instructions/s of single threads, 128 in a cycle of each multiprocessor.
         tensor: dense 16-bit products with float32 sums, FLOP/s.
         fused: share of `tensor` that matmul.py can hope for, whose mma.sync instructions are native up to sm_89.
     """
 
     bandwidth: float
+    issue: float
     tensor: float
     fused: float = 0.7
 
 
 # By compute capability; where a generation has several GPUs, the one that most people have.
 _RATES = {
-    80: Rates(1.94e12, 312e12),  # A100 80GB
-    86: Rates(0.94e12, 71e12),  # RTX 3090
-    89: Rates(1.01e12, 165e12),  # RTX 4090
-    90: Rates(4.8e12, 990e12, fused=0.5),  # H200
-    100: Rates(8.0e12, 2250e12, fused=0.25),  # B200
-    120: Rates(1.79e12, 210e12),  # RTX 5090
+    80: Rates(2.04e12, 19.5e12, 312e12),  # A100 80GB
+    86: Rates(0.94e12, 17.8e12, 71e12),  # RTX 3090
+    89: Rates(1.01e12, 41.3e12, 165e12),  # RTX 4090
+    90: Rates(4.8e12, 33.5e12, 990e12, fused=0.5),  # H200
+    100: Rates(8.0e12, 35.0e12, 2250e12, fused=0.25),  # B200
+    120: Rates(1.79e12, 52.4e12, 210e12),  # RTX 5090
 }
 
 
