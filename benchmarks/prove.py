@@ -48,9 +48,13 @@ class Stage:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Warnings are errors for us, but other versions of torch than ours may warn of something.
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 # The caching allocator would hide accesses past the end of a tensor; a fresh process compiles before it is watched.
 _WATCHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+# What proves kernels needs torch, numpy and pytest; what uses them, transformers and matplotlib too.
+_KERNEL_TESTS = ("gpu", "kernels", "rounding", "tune")
+_LAYER_TESTS = ("merge", "benchmarks", "model_benchmark")
 _SMALL = ("tests/test_kernels.py", "-k", "is_exact or one_hot or memory_around")
 
 
@@ -75,7 +79,7 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
             "stress", module("benchmarks.stress", "--seconds", share(0.05), "--out", out / "stress.json"), 0.06,
             proof=True,
         ),
-        Stage("tests", (*_PYTEST, "tests", "--ignore=tests/test_compile.py"), 0.14, proof=True),
+        Stage("tests", (*_PYTEST, *(f"tests/test_{name}.py" for name in _KERNEL_TESTS)), 0.1, proof=True),
         Stage("quick", module("benchmarks.matmul", "--suite", "quick", "--out", out / "results"), 0.05),
         Stage(
             "tune", module("qkernels.cli", "tune", "--minutes", share(0.2) / 60, "--out", table), 0.21,
@@ -87,6 +91,7 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
             "full", module("benchmarks.matmul", "--suite", "full", "--seconds", share(0.2), "--out", out / "results"),
             0.2, environment=tuned,
         ),
+        Stage("layers", (*_PYTEST, "-m", "gpu", *(f"tests/test_{name}.py" for name in _LAYER_TESTS)), 0.04),
         Stage("quantize", module("benchmarks.quantize", "--out", out / "results"), 0.04),
         Stage("model", module("benchmarks.model", "--out", out / "results"), 0.08, environment=tuned),
         Stage("energy", module("benchmarks.energy", "--out", out / "results"), 0.05, environment=tuned),
