@@ -666,7 +666,9 @@ def test_the_readme_has_the_newest_result(
     shown = [picture for picture in pictures if picture.name in found]
     assert len(shown) == 2
     assert all("w4g128" in picture.name for picture in shown)
-    (tmp_path / "README.md").write_text(f"<!-- demo:begin -->\n<!-- demo:end -->\n{EMPTY}")
+    (tmp_path / "README.md").write_text(
+        f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n{EMPTY}"
+    )
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(harness, "newest", {"matmul": results}.get)
     assert readme.main([]) == 0

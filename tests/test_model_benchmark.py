@@ -380,7 +380,9 @@ def test_the_readme_has_decoding_and_energy(tmp_path: pathlib.Path, monkeypatch:
     (picture,) = plot.draw_energy(json.loads(files["energy"].read_text()), files["energy"])
     assert f"({picture.as_posix()})" in readme.with_speed(empty, None, *files.values())
 
-    (tmp_path / "README.md").write_text(f"<!-- demo:begin -->\n<!-- demo:end -->\n{empty}")
+    (tmp_path / "README.md").write_text(
+        f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n{empty}"
+    )
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(harness, "newest", lambda kind, newest=harness.newest: newest(kind, tmp_path))
     assert readme.main(["--check"]) == 1
