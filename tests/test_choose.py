@@ -45,6 +45,7 @@ B200 = Device("NVIDIA B200", 100, 148)
         (33, "w1g128", torch.bfloat16, BATCH),
         (33, "w3g128f", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
         (33, "w3g32", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
+        (33, "w7g64", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
         (33, "w4g16", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
         (33, "w4g48", torch.bfloat16, dataclasses.replace(PLANES, block_m=16)),
         (33, "w4g32", torch.bfloat16, BATCH),

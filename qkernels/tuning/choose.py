@@ -120,19 +120,20 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     if dtype is torch.float32:
         return MatmulConfig(16, 64, blocks=1, splits=1, num_warps=4, num_stages=3, max_registers=255)
     step = block_columns(scheme.bits)
-    group, offset = scheme.group_size, scheme.value_map == "offset"
+    group, offset, long_step = scheme.group_size, scheme.value_map == "offset", step == 256
     odd = isinstance(group, int) and (group == 16 or group != _power_of_two(group))
     short = odd or (isinstance(group, int) and group < 64)
+    half = group in range(128)
     light = len(PLANES[scheme.bits]) == 1 and not short
     block_m = 8 if tokens <= 8 else 16
-    if tokens > 16 and not odd and short + offset + (step == 256) <= 1:
+    if tokens > 16 and not odd and short + offset + long_step <= 1 and not (long_step and half):
         block_m = 32
-    if tokens > 32 and step < 256 and light and not offset and group not in range(128):
+    if tokens > 32 and not long_step and light and not offset and not half:
         block_m = 64
-    num_warps = 1 if light and (block_m == 8 or (block_m == 16 and step < 256 and not offset)) else 2
+    num_warps = 1 if light and (block_m == 8 or (block_m == 16 and not long_step and not offset)) else 2
     # Left to itself, ptxas aims at a step of occupancy, and often spills a register or two to reach it.
     max_registers = 255
-    if light and block_m == 8 and step < 256:
+    if light and block_m == 8 and not long_step:
         max_registers = 184 if scheme.bits == 8 else 168  # for 11 or 12 programs on a multiprocessor
     return MatmulConfig(block_m, 64, 1, splits=1, num_warps=num_warps, num_stages=3, max_registers=max_registers)
 
