@@ -121,8 +121,9 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
         return MatmulConfig(16, 64, blocks=1, splits=1, num_warps=4, num_stages=3, max_registers=255)
     step = block_columns(scheme.bits)
     group, offset, long_step = scheme.group_size, scheme.value_map == "offset", step == 256
+    # Each group that ends inside a step takes registers for a sum, a scale and a zero of its own.
     odd = isinstance(group, int) and (group == 16 or group != _power_of_two(group))
-    short = odd or (isinstance(group, int) and group < 64)
+    short = odd or group in range(64)
     half = group in range(128)
     light = len(PLANES[scheme.bits]) == 1 and not short
     block_m = 8 if tokens <= 8 else 16
