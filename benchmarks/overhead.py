@@ -104,7 +104,7 @@ from qkernels.kernels import reduce
 with compile_only(90, record=False), torch.inference_mode():
     x, *weight = overhead.operands()
     start = time.perf_counter()
-    reduce.reduce(torch.zeros(2, 1, 64), None, torch.float16)
+    reduce.prepare((2, 1, 64), False, torch.float16)(torch.zeros(2, 1, 64), None)
     small = time.perf_counter()
     dispatch.matmul(x, *weight, None, "w4g128", x.shape[1])
     print(small - start, time.perf_counter() - small)

@@ -74,32 +74,21 @@ def _decide(
     if tokens == 0 or out_features == 0 or in_features == 0:
         return _empty
     config = choose.matmul(tokens, out_features, in_features, parsed, x.dtype, device_of(x.get_device()))
-    given = x, packed, scale, zero, bias
-    regular = all(a is b for a, b in zip(_regular(*given), given, strict=True))
-    if isinstance(config, DenseConfig) or not regular:
-        return functools.partial(_general, scheme=parsed, config=config)
+    if isinstance(config, DenseConfig):
+        return functools.partial(_dense, scheme=parsed, config=config)
     from qkernels.kernels import matmul as kernel
 
-    return kernel.prepare(*given, parsed, config)
+    given = x, packed, scale, zero, bias
+    regular = _regular(*given)
+    call = kernel.prepare(*regular, parsed, config)
+    if all(a is b for a, b in zip(regular, given, strict=True)):
+        return call
+    return lambda *tensors: call(*_regular(*tensors))
 
 
 def _empty(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     y = x.new_zeros((*x.shape[:-1], packed.shape[0]))
     return y if bias is None else y + bias.to(x.dtype)
-
-
-def _general(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: Scheme,
-    config: MatmulConfig | DenseConfig,
-) -> Tensor:
-    """Tensors of any strides."""
-    y = multiply(*_regular(x.reshape(-1, x.shape[-1]), packed, scale, zero, bias), scheme, config)
-    return y.view(*x.shape[:-1], packed.shape[0])
 
 
 def _regular(
@@ -126,29 +115,40 @@ def multiply(
     scheme: Scheme,
     config: MatmulConfig | DenseConfig,
 ) -> Tensor:
-    """y (M, N) as a configuration says: unchecked, x (M, K), all as `_regular` gives them and none empty."""
-    if isinstance(config, MatmulConfig):
-        from qkernels.kernels import matmul as kernel
+    """y as a configuration says: unchecked, nothing remembered, all tensors as `_regular` gives them and none empty."""
+    if isinstance(config, DenseConfig):
+        return _dense(x, packed, scale, zero, bias, scheme, config)
+    from qkernels.kernels import matmul as kernel
 
-        return kernel.matmul(x, packed, scale, zero, bias, scheme, config)
+    return kernel.matmul(x, packed, scale, zero, bias, scheme, config)
 
-    # Some rows of the weight at a time, dequantized to x's dtype into one workspace, by torch's own product.
+
+def _dense(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    config: DenseConfig,
+) -> Tensor:
+    """Some rows of the weight at a time, dequantized to x's dtype into one workspace, by torch's own product."""
     from qkernels.kernels import dequantize
 
-    in_features, out_features = x.shape[1], packed.shape[0]
+    in_features, out_features = x.shape[-1], packed.shape[0]
+    tokens, packed, scale, zero, bias = _regular(x.reshape(-1, in_features), packed, scale, zero, bias)
     bias = None if bias is None else bias.to(x.dtype)
     workspace = x.new_empty((min(config.rows, out_features), in_features))
-    y = x.new_empty((x.shape[0], out_features))
+    y = x.new_empty((tokens.shape[0], out_features))
+    tiles = choose.dequantize(x.dtype)
     for start in range(0, out_features, config.rows):
         rows = slice(start, min(start + config.rows, out_features))
         w = workspace[: rows.stop - rows.start]
         row_scale = scale if scale.shape[1] == 1 else scale[:, rows]
         row_zero = zero if zero is None or zero.shape[1] == 1 else zero[:, rows]
-        dequantize.dequantize(
-            packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, choose.dequantize(x.dtype), out=w
-        )
+        dequantize.dequantize(packed[rows], row_scale, row_zero, scheme, in_features, x.dtype, tiles, out=w)
         if bias is None:
-            torch.mm(x, w.T, out=y[:, rows])
+            torch.mm(tokens, w.T, out=y[:, rows])
         else:
-            torch.addmm(bias[rows], x, w.T, out=y[:, rows])
-    return y
+            torch.addmm(bias[rows], tokens, w.T, out=y[:, rows])
+    return y.view(*x.shape[:-1], out_features)

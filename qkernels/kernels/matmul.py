@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
+from qkernels.kernels import reduce
 from qkernels.kernels.launch import Launch, group_strides, has_ptx, program_of
-from qkernels.kernels.reduce import reduce
 from qkernels.kernels.unpack import (
     block_slots,
     lane_bits,
@@ -256,6 +256,8 @@ def prepare(
     programs = -(-N // config.block_n) * -(-M // config.block_m) * splits
     launch = Launch(matmul_kernel, programs, numbers, constants, options)
     shape = (*x.shape[:-1], N)
+    parts = (splits, *shape)
+    add_up = reduce.prepare(parts, bias is not None, x.dtype)
 
     # Where there is no zero or bias, any tensor stands in for it.
     def whole(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -264,9 +266,9 @@ def prepare(
         return y
 
     def split(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-        part = x.new_empty((splits, *shape), dtype=torch.float32)
+        part = x.new_empty(parts, dtype=torch.float32)
         launch(x, packed, scale, scale if zero is None else zero, scale, part)
-        return reduce(part, bias, x.dtype)
+        return add_up(part, bias)
 
     return whole if splits == 1 else split
 

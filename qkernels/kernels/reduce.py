@@ -5,7 +5,8 @@ Numerics  float32, splits added in order: the same bits in every run. One roundi
 Oracle    torch.sum      Tuning  none: the data of a decode step fits in a corner of L2
 """
 
-import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -41,15 +42,16 @@ def reduce_kernel(
 _BLOCK = 256
 
 
-@functools.lru_cache(maxsize=4096)
-def _prepare(splits: int, size: int, N: int, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Launch:
-    constants = {"HAS_BIAS": bias_dtype is not None, "BLOCK": _BLOCK}
-    return Launch(reduce_kernel, -(-size // _BLOCK), (splits, size, N), constants, {"num_warps": 2})
+def prepare(shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The launch for partial sums of this shape (splits, ..., N), not empty: (part, bias) -> y (..., N) in dtype."""
+    splits, *outer = shape
+    size = math.prod(outer)
+    constants = {"HAS_BIAS": has_bias, "BLOCK": _BLOCK}
+    launch = Launch(reduce_kernel, -(-size // _BLOCK), (splits, size, outer[-1]), constants, {"num_warps": 2})
 
+    def reduce(part: Tensor, bias: Tensor | None) -> Tensor:
+        y = part.new_empty(outer, dtype=dtype)
+        launch(part, part if bias is None else bias, y)
+        return y
 
-def reduce(part: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Launch only: part (splits, ..., N), not empty; y (..., N) in dtype."""
-    y = part.new_empty(part.shape[1:], dtype=dtype)
-    launch = _prepare(part.shape[0], y.numel(), part.shape[-1], dtype, None if bias is None else bias.dtype)
-    launch(part, part if bias is None else bias, y)
-    return y
+    return reduce
