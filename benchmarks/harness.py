@@ -12,7 +12,6 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -25,6 +24,7 @@ import torch
 from benchmarks import floors, providers
 from benchmarks.floors import Ceilings
 from benchmarks.providers import Prepared, Problem, Provider
+from qkernels.files import replacing
 from qkernels.scheme import Scheme
 from qkernels.tuning import problems, timing
 
@@ -149,17 +149,8 @@ def result_path(folder: pathlib.Path, device: str, date: str, suite: str) -> pat
 def write(path: pathlib.Path, record: Record) -> None:
     """Write a record as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def newest(kind: str, folder: pathlib.Path = RESULTS) -> pathlib.Path | None:

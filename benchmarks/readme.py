@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks import floors, harness, matmul, providers
 from benchmarks.static_cost import GPUS
 from qkernels.demo.story import COLUMNS, rows
+from qkernels.files import replacing
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/demo/demo.json"
@@ -254,7 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
             "README.md is up to date" if readme == wanted else "README.md is out of date: python -m benchmarks.readme"
         )
         return int(readme != wanted)
-    harness.replace_text(path, wanted)
+    with replacing(path) as temporary:
+        temporary.write_text(wanted)
     return 0
 
 

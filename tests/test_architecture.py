@@ -16,6 +16,7 @@ PACKAGE = ROOT / "qkernels"
 FLOORS = {
     "qkernels.scheme": 0,
     "qkernels.tables": 0,
+    "qkernels.files": 0,
     "qkernels.source": 0,
     "qkernels.packing": 1,
     "qkernels.reference": 1,

@@ -61,6 +61,9 @@ def _launches() -> dict[str, Any]:
         shifted = torch.zeros(4097).half()[1:].view(1, 4096)
         found["misaligned"] = launches_of(shifted, *weight)
         found["misaligned again"] = launches_of(shifted, *weight)
+        strided = torch.zeros(4096, 2).half().T[:1]
+        found["strided"] = launches_of(strided, *weight)
+        found["strided again"] = launches_of(strided, *weight)
         found["aligned after"] = launches_of(x, *weight)
         found["three tokens"] = launches_of(*_operands(tokens=3))
         hooks = triton.knobs.runtime.launch_enter_hook
@@ -80,6 +83,8 @@ def test_arguments_are_processed_once(pool: ProcessPoolExecutor) -> None:
     assert found["first"] == (both, names)
     assert found["second"] == (both, [])
     assert found["misaligned"] == found["misaligned again"] == (both, names[:1])
+    assert found["strided"] == (both, names)
+    assert found["strided again"] == (both, [])
     assert found["aligned after"] == (both, [])
     assert found["three tokens"] == (both, names)
     assert found["watched by a profiler"] == names

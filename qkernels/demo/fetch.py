@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import zipfile
 
-from qkernels.tuning.tables import cache_directory
+from qkernels.files import cache_directory
 
 
 @dataclasses.dataclass(frozen=True)

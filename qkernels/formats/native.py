@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qkernels.checks import LARGEST_IN_FEATURES
+from qkernels.files import replacing
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
 
@@ -76,15 +76,8 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
         "qkernels_version": VERSION,
         "qkernels": json.dumps({"weights": weights, "aliases": aliases}),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(stored, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def check_writable(path: pathlib.Path) -> None:
@@ -214,9 +207,3 @@ def _read_weight(path: Path, file: Any, name: str, scheme: Scheme, shape: tuple[
     if not torch.isfinite(zero).all():
         raise FormatError(f"{path}: {name}_zero holds NaN or infinity")
     return weight
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

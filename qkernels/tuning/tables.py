@@ -16,14 +16,13 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from qkernels.files import cache_directory, replacing
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import DenseConfig, MatmulConfig
 from qkernels.tuning.devices import Device
@@ -50,13 +49,6 @@ class Entry:
 def user_path(device: Device) -> pathlib.Path:
     """Where `qkernels tune` writes: in $QKERNELS_CACHE, else in qkernels in the user's cache directory."""
     return cache_directory() / "tuning" / f"{device.slug}.json"
-
-
-def cache_directory() -> pathlib.Path:
-    """$QKERNELS_CACHE, else qkernels in the user's cache directory."""
-    if chosen := os.environ.get("QKERNELS_CACHE"):
-        return pathlib.Path(chosen)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "qkernels"
 
 
 def lookup(
@@ -142,9 +134,8 @@ def write(path: pathlib.Path, device: Device, measured: Mapping[str, Any], entri
         records.append(record)
     text = json.dumps({"device": device.name, "measured": dict(measured), "entries": records}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
     forget()
 
 
