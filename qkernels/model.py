@@ -1,23 +1,31 @@
-"""Whole models: quantize the Linears in place."""
+"""Whole models: quantize the Linears in place, by a method that suits them."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from qkernels import reference, tables
+from qkernels import fit, reference, tables
+from qkernels.calibrate.blocks import calibrate
+from qkernels.calibrate.probe import importances, random_batches
+from qkernels.calibrate.walk import Batch
 from qkernels.checks import DTYPES
 from qkernels.merge import SIBLINGS, Merged, check_groups, merge_siblings
 from qkernels.nn import QuantLinear, places, put
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.tensor import QuantizationError
+from qkernels.tensor import QTensor, QuantizationError, quantize
 
 # The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.
 DEFAULT_SKIP = ("lm_head", "*.lm_head")
+
+METHODS = (*fit.METHODS, "gptq")
+# Where nothing is known of the inputs, a search that lowers the error of weights pays at the output only here.
+_BLIND_SEARCH_BITS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ class LayerReport:
         original_bytes: of the float weight.
         nbytes: of codes, scales and zeros, padding included.
         error: of the weight.
+        method: that chose the codes; with what stood in where it could not be used.
     """
 
     name: str
@@ -39,6 +48,7 @@ class LayerReport:
     original_bytes: int
     nbytes: int
     error: QuantizationError
+    method: str
 
     @property
     def weights(self) -> int:
@@ -87,6 +97,7 @@ class QuantizationReport:
             (
                 layer.name,
                 layer.scheme,
+                layer.method,
                 f"{layer.shape[0]} x {layer.shape[1]}",
                 tables.size(layer.nbytes),
                 f"{8 * layer.nbytes / max(1, layer.weights):.2f}",
@@ -94,8 +105,8 @@ class QuantizationReport:
             )
             for layer in self.layers
         ]
-        columns: tuple[str, ...] = ("layer", "scheme", "shape", "size", "bits/weight", "SNR dB")
-        text_columns = 2
+        columns: tuple[str, ...] = ("layer", "scheme", "method", "shape", "size", "bits/weight", "SNR dB")
+        text_columns = 3
         title = (
             f"{len(self.layers)} layers: {tables.size(self.original_bytes)} -> {tables.size(self.nbytes)}, "
             f"{self.bits_per_weight:.2f} bits per weight, SNR {self.error.snr_db:.1f} dB, {self.seconds:.1f} s; "
@@ -103,8 +114,8 @@ class QuantizationReport:
         )
         if self.merged is not None:
             launch = {name: _together(names) for names in self.merged.groups for name in names}
-            rows = [(*row[:2], launch.get(row[0], ""), *row[2:]) for row in rows]
-            columns, text_columns = (*columns[:2], "one launch", *columns[2:]), 3
+            rows = [(*row[:3], launch.get(row[0], ""), *row[3:]) for row in rows]
+            columns, text_columns = (*columns[:3], "one launch", *columns[3:]), 4
             title += f"; {len(self.merged.groups)} groups multiplied in one launch"
             if count := len(self.merged.not_proved):
                 title += f", {count} of them not in inference mode nor under torch.compile"
@@ -122,6 +133,8 @@ def quantize_model(
     model: nn.Module,
     scheme: str | Scheme,
     *,
+    method: str | None = None,
+    calibration: Iterable[Batch] | Literal["random"] | None = None,
     skip: Sequence[str] = DEFAULT_SKIP,
     schemes: Mapping[str, str | Scheme | None] | None = None,
     merge: bool | Sequence[Sequence[str]] = False,
@@ -135,6 +148,13 @@ def quantize_model(
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
         scheme: such as "w4g128", for layers that no pattern names.
+        method: how codes are chosen. "rtn" rounds to nearest; "search" tries ranges and zeros for each group, "hqq"
+            moves its zeros; "gptq" works block by block, each layer making up for the errors before it. By default
+            "search" where the size of the inputs is known; else "rtn" down to 4 bits, and "search" below.
+        calibration: batches to call the model with (tensors, mappings of keyword arguments, or sequences of positional
+            ones), or "random": tokens drawn at random, for a model that reads tokens alone. "gptq" needs one of them.
+            To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; for them
+            "random" is the default where it is possible.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours.
@@ -145,7 +165,8 @@ def quantize_model(
 
     Raises:
         ValueError, TypeError: there is nothing to quantize, a pattern of yours fits no Linear, or a layer cannot be
-            quantized (NaN, infinity, overflow, meta device, hooks); the layer is named and the model unchanged.
+            quantized (NaN, infinity, overflow, meta device, hooks, inputs that are not finite or, for "gptq",
+            singular); the layer is named and the model unchanged. Or the method or calibration is not as above.
 
     >>> import torch, qkernels
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
@@ -153,20 +174,17 @@ def quantize_model(
     >>> model[2]
     QuantLinear(in_features=128, out_features=10, bias=True, scheme='w8c')
     """
-    from tqdm import tqdm
-
     start = time.perf_counter()
+    check_method(method, calibration)
     plan, skipped = _plan(model, as_scheme(scheme), skip, schemes or {})
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
-    where = places(model)
     for name, (linear, chosen) in plan.items():
         _check_quantizable(name, linear, chosen)
+    where = places(model)
     layers = []
-    bar = tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress)
-    for name in bar:
+    for name, qweight, used in _quantized(model, plan, method, calibration, progress):
         linear, chosen = plan.pop(name)
-        quantized = QuantLinear.from_linear(linear, chosen)
-        weight, qweight = linear.weight.detach(), quantized.qweight
+        weight = linear.weight.detach()
         layers.append(
             LayerReport(
                 name=name,
@@ -175,12 +193,67 @@ def quantize_model(
                 original_bytes=weight.nbytes,
                 nbytes=qweight.nbytes,
                 error=qweight.error(weight),
+                method=used,
             )
         )
-        put(quantized, where.pop(linear))
+        put(QuantLinear(qweight, linear.bias).train(linear.training), where.pop(linear))
         del linear, weight  # the float weight goes before the next layer comes
     merged = merge_siblings(model, groups) if groups else None
     return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start, merged)
+
+
+def check_method(method: str | None, calibration: Iterable[Batch] | str | None) -> None:
+    """Raise ValueError unless a method is known and has the calibration that it needs."""
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if isinstance(calibration, str) and calibration != "random":
+        raise ValueError(f"calibration must be batches or 'random', got {calibration!r}")
+    if method == "gptq" and calibration is None:
+        raise ValueError(
+            "method 'gptq' needs calibration: batches to call the model with, or 'random' for random tokens"
+        )
+    if method == "rtn" and calibration is not None:
+        raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
+
+
+def _quantized(
+    model: nn.Module,
+    plan: Mapping[str, tuple[nn.Linear, Scheme]],
+    method: str | None,
+    calibration: Iterable[Batch] | str | None,
+    progress: bool,
+) -> Iterator[tuple[str, QTensor, str]]:
+    """(name, weight, method) of each layer of the plan; all that may fail on a batch has run before the first comes."""
+    from tqdm import tqdm
+
+    batches: Iterable[Batch] | None
+    if calibration == "random" or (calibration is None and method != "rtn"):
+        batches = random_batches(model)
+        if batches is None and calibration is not None:
+            raise ValueError(f"calibration 'random' needs a model that reads tokens alone, got {type(model).__name__}")
+    else:
+        assert not isinstance(calibration, str)
+        batches = calibration
+    if method == "gptq":
+        assert batches is not None
+        done = calibrate(model, plan, batches, progress=progress)
+        yield from ((name, *done.pop(name)) for name in list(plan))
+        return
+    known: Mapping[str, Tensor] = {}
+    if batches is not None:
+        known = importances(model, {name: linear for name, (linear, _) in plan.items()}, batches)
+    for name, (linear, scheme) in tqdm(list(plan.items()), desc="quantizing", unit="layer", disable=not progress):
+        used, note = _method_for(method, scheme, name in known)
+        yield name, quantize(linear.weight.detach(), scheme, method=used, importance=known.get(name)), used + note
+        del linear
+
+
+def _method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str, str]:
+    """(method, what to add to its name in the report) for one layer."""
+    blind = "" if weighted else " (inputs unknown)"
+    if method is None:
+        method = "search" if weighted or scheme.bits <= _BLIND_SEARCH_BITS else "rtn"
+    return method, "" if method == "rtn" else blind
 
 
 def _plan(

@@ -76,7 +76,7 @@ def group_range(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     if scheme.group_size == "tensor":
         low, high = (bound.reshape(1, 1) for bound in torch.aminmax(w))
     else:
-        bounds = [torch.aminmax(view, dim=-1) for view, _ in _by_group(w, scheme)]
+        bounds = [torch.aminmax(view, dim=-1) for view, _ in by_group(w, scheme)]
         low = torch.cat([bound.min for bound in bounds], dim=1).T
         high = torch.cat([bound.max for bound in bounds], dim=1).T
     low, high = low.float().contiguous(), high.float().contiguous()
@@ -125,29 +125,31 @@ def scale_and_zero(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, T
 def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Codes (N, K) uint8: for each weight the nearest level of its group; halfway goes to the even step."""
     code = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for (view, groups), (out, _) in zip(_by_group(w, scheme), _by_group(code, scheme), strict=True):
-        step, base = _per_group(scale, groups), _base(zero, groups, scheme)
-        if scheme.value_map == "offset":
-            level = torch.round((view.float() - base) / step)
-        else:
-            level = torch.round(view.float() / step) + base
-        out.copy_(level.clamp(scheme.code_min, scheme.code_max))
+    for (view, groups), (out, _) in zip(by_group(w, scheme), by_group(code, scheme), strict=True):
+        out.copy_(nearest(view.float(), per_group(scale, groups), _base(zero, groups, scheme), scheme))
     return code
 
 
 def decode(code: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Weights (N, K) float32 of codes: scale * (code - zero), or scale * code + offset with two roundings."""
     w = code.float()
-    for view, groups in _by_group(w, scheme):
-        step, base = _per_group(scale, groups), _base(zero, groups, scheme)
-        if scheme.value_map == "offset":
-            view.mul_(step).add_(base)
-        else:
-            view.sub_(base).mul_(step)
+    for view, groups in by_group(w, scheme):
+        value_(view, per_group(scale, groups), _base(zero, groups, scheme), scheme)
     return w
 
 
-def _by_group(matrix: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, slice]]:
+def nearest(w: Tensor, step: Tensor, base: Tensor | int, scheme: Scheme) -> Tensor:
+    """Nearest codes, as float32, of float32 weights that share steps (scales) and bases (zeros or offsets)."""
+    level = (w - base).div_(step).round_() if scheme.value_map == "offset" else w.div(step).round_().add_(base)
+    return level.clamp_(scheme.code_min, scheme.code_max)
+
+
+def value_(code: Tensor, step: Tensor, base: Tensor | int, scheme: Scheme) -> Tensor:
+    """The weights of float32 codes, in place; steps and bases as of `nearest`."""
+    return code.mul_(step).add_(base) if scheme.value_map == "offset" else code.sub_(base).mul_(step)
+
+
+def by_group(matrix: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, slice]]:
     """Views (N, groups, group length) of a contiguous (N, K), with the groups they are: whole ones, a shorter last."""
     in_features = matrix.shape[1]
     length = max(1, scheme.group_length(in_features))
@@ -158,14 +160,14 @@ def _by_group(matrix: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, slice]]:
         yield matrix[:, whole * length :].unsqueeze(1), slice(whole, whole + 1)
 
 
-def _per_group(values: Tensor, groups: slice) -> Tensor:
-    """Rows `groups` of a (groups, N) tensor as float32 (N, groups, 1), to meet the views of _by_group."""
+def per_group(values: Tensor, groups: slice) -> Tensor:
+    """Rows `groups` of a (groups, N) tensor as float32 (N, groups, 1), to meet the views of by_group."""
     return values[groups].T.float().unsqueeze(-1)
 
 
 def _base(zero: Tensor | None, groups: slice, scheme: Scheme) -> Tensor | int:
-    """Zeros or offsets of groups, like _per_group; the one zero of a symmetric scheme."""
-    return scheme.center if zero is None else _per_group(zero, groups)
+    """Zeros or offsets of groups, like per_group; the one zero of a symmetric scheme."""
+    return scheme.center if zero is None else per_group(zero, groups)
 
 
 def _round_toward(value: Tensor, dtype: torch.dtype, *, up: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import checks, ops
+from qkernels import checks, fit, ops, packing, reference
 from qkernels.scheme import Scheme, as_scheme
 
 
@@ -184,15 +184,20 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:  
     return ops.matmul(input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features)
 
 
-def quantize(w: Tensor, scheme: str | Scheme) -> QTensor:
-    """Quantize a weight by rounding to nearest.
+def quantize(w: Tensor, scheme: str | Scheme, *, method: str = "rtn", importance: Tensor | None = None) -> QTensor:
+    """Quantize a weight.
 
     Args:
         w: (N, K) = (out_features, in_features), float16, bfloat16 or float32, finite; on CPU or GPU.
         scheme: such as "w4g128"; see `Scheme`.
+        method: "rtn" rounds to nearest, in one kernel on a GPU; "search" tries ranges, zeros and scales for each group;
+            "hqq" moves its zeros. See `qkernels.fit`.
+        importance: (K,) what an error in a weight of input k costs, such as the mean square of that input; for "search"
+            and "hqq".
 
     Raises:
-        ValueError, TypeError: w is not such a tensor, the scheme is not one, or a scale overflows its dtype.
+        ValueError, TypeError: w is not such a tensor, the scheme or the method is not one, importance is given to "rtn"
+            or is not such a tensor, or a scale overflows its dtype.
 
     >>> import torch, qkernels
     >>> q = qkernels.quantize(torch.ones(256, 512), "w4g128")
@@ -204,5 +209,12 @@ def quantize(w: Tensor, scheme: str | Scheme) -> QTensor:
     parsed = as_scheme(scheme)
     if not isinstance(w, Tensor):
         raise TypeError(f"w must be a torch.Tensor, got {type(w).__name__}")
-    packed, scale, zero = ops.quantize(w, str(parsed))
+    if method == "rtn":
+        if importance is not None:
+            raise ValueError("method 'rtn' takes no importance: rounding to nearest does not use it")
+        packed, scale, zero = ops.quantize(w, str(parsed))
+    else:
+        checks.check_quantize(w, str(parsed))
+        scale, zero = fit.fit(w, parsed, method, importance)
+        packed = packing.pack(reference.encode(w, scale, zero, parsed), parsed.bits)
     return QTensor(packed, scale, zero, parsed, w.shape[1])

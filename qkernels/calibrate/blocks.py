@@ -1,0 +1,183 @@
+"""Calibrated codes for a model's Linears: blocks in order, each on what the quantized blocks before it give.
+
+Source    the input mismatch: with X~ the inputs that the quantized model gives and X the original's, the best weight is
+          W* = (X~^T X~ + l I)^-1 (X~^T X + l I) W, and what codes lose against it is measured by X~^T X~ alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import packing, reference
+from qkernels.calibrate.gptq import DAMPING, SingularHessianError, gptq
+from qkernels.calibrate.walk import (
+    Batch,
+    Block,
+    CalibrationError,
+    as_calls,
+    find_blocks,
+    hidden_of,
+    input_until,
+    inputs_of,
+    record,
+    without_cache,
+)
+from qkernels.fit import fit
+from qkernels.scheme import Scheme
+from qkernels.tensor import QTensor
+
+
+@dataclasses.dataclass
+class _Moments:
+    """Sums over tokens for Linears that share an input: X~^T X~ and X~^T X."""
+
+    hessian: Tensor
+    cross: Tensor
+
+    @staticmethod
+    def zeros(features: int, device: torch.device) -> _Moments:
+        return _Moments(*(torch.zeros(features, features, device=device) for _ in range(2)))
+
+    def add(self, quantized: Tensor, original: Tensor) -> None:
+        self.hessian.addmm_(quantized.T, quantized)
+        self.cross.addmm_(quantized.T, original)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    plan: Mapping[str, tuple[nn.Linear, Scheme]],
+    batches: Iterable[Batch],
+    *,
+    mismatch: float = 1.0,
+    progress: bool = True,
+) -> dict[str, tuple[QTensor, str]]:
+    """{name: (quantized weight, method)} by GPTQ for the Linears of plan; the model is not changed.
+
+    Linears outside the blocks, or that no batch reaches, get the data-free search; their method says so.
+
+    Args:
+        model: with its weights; on any device.
+        plan: {name: (Linear of the model, scheme)}.
+        batches: tensors, mappings of keyword arguments or sequences of positional ones, to call the model with.
+        mismatch: how far weights are moved to make up for the error of the layers before, 0 to 1.
+        progress: whether to show a bar.
+
+    Raises:
+        CalibrationError: batches are none or empty, the model fails on one, or inputs of a layer are not finite.
+        SingularHessianError: naming the layer.
+    """
+    from tqdm import tqdm
+
+    calls = as_calls(batches, model)
+    named: dict[nn.Module, str] = {linear: name for name, (linear, _) in plan.items()}
+    was_training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        stages, original = record(model, find_blocks(model, named), calls)
+        quantized = list(original)
+        done: dict[str, tuple[QTensor, str]] = {}
+        with without_cache(model):
+            for block in tqdm(stages, desc="calibrating", unit="block", disable=not progress):
+                original, quantized = _block(block, named, plan, original, quantized, mismatch, done)
+    finally:
+        for module in was_training:
+            module.training = True
+    for name, (linear, scheme) in plan.items():
+        if name not in done:
+            scale, zero = fit(linear.weight.detach(), scheme)
+            code = reference.encode(linear.weight.detach(), scale, zero, scheme)
+            done[name] = _qtensor(code, scale, zero, scheme), "search (not reached by calibration)"
+    return done
+
+
+def _block(
+    block: Block,
+    named: Mapping[nn.Module, str],
+    plan: Mapping[str, tuple[nn.Linear, Scheme]],
+    original: list[Tensor | None],
+    quantized: list[Tensor | None],
+    mismatch: float,
+    done: dict[str, tuple[QTensor, str]],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Quantize a block's Linears into done; the hidden states after it, (original, quantized)."""
+    inside = {path: m for path, m in block.module.named_modules() if m in named}
+    twin = copy.deepcopy(block.module)  # its weights become the quantized ones, step by step
+    twins = {path: twin.get_submodule(path) for path in inside}
+    inputs, outputs = [], []
+    steps: list[list[str]] = []
+    for call, hidden in zip(block.calls, original, strict=True):
+        found, groups, output = inputs_of(block.module, inside, call, hidden)
+        inputs.append(found)
+        outputs.append(hidden_of(output))
+        known = {path for step in steps for path in step}
+        steps += [fresh for group in groups if (fresh := [path for path in group if path not in known])]
+    for step in steps:
+        _step(block, step, inside, named, plan, twin, twins, inputs, quantized, mismatch, done)
+    if original[0] is None:  # the whole model was one block
+        return original, quantized
+    return outputs, [hidden_of(c.run(twin, hidden)) for c, hidden in zip(block.calls, quantized, strict=True)]
+
+
+def _step(
+    block: Block,
+    step: list[str],
+    inside: Mapping[str, nn.Module],
+    named: Mapping[nn.Module, str],
+    plan: Mapping[str, tuple[nn.Linear, Scheme]],
+    twin: nn.Module,
+    twins: Mapping[str, nn.Module],
+    inputs: list[dict[str, Tensor]],
+    quantized: list[Tensor | None],
+    mismatch: float,
+    done: dict[str, tuple[QTensor, str]],
+) -> None:
+    """Quantize the Linears that share one input."""
+    first: Any = inside[step[0]]
+    moments = _Moments.zeros(first.in_features, first.weight.device)
+    for call, hidden, found in zip(block.calls, quantized, inputs, strict=True):
+        if step[0] in found:
+            for x in input_until(twin, twins[step[0]], call, hidden):
+                if x.shape == found[step[0]].shape:
+                    moments.add(x, found[step[0]])
+                else:  # routed elsewhere by the quantized layers before: no pairs
+                    moments.add(found[step[0]], found[step[0]])
+    for path in step:
+        name = named[inside[path]]
+        linear, scheme = plan[name]
+        if not (torch.isfinite(moments.hessian).all() and torch.isfinite(moments.cross).all()):
+            raise CalibrationError(f"{name}: its inputs are not finite on the calibration batches")
+        weight = _made_up(linear.weight.detach(), moments, mismatch)
+        try:
+            code, scale, zero = gptq(weight, moments.hessian, scheme)
+        except SingularHessianError as error:
+            raise SingularHessianError(f"{name}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+        done[name] = _qtensor(code, scale, zero, scheme), "gptq"
+        target: Any = twins[path]
+        target.weight.data = reference.decode(code, scale, zero, scheme).to(linear.weight.dtype)
+
+
+def _made_up(weight: Tensor, moments: _Moments, mismatch: float) -> Tensor:
+    """The weight (N, K) that makes up for the error of the inputs: W + mismatch (W* - W)."""
+    w = weight.float()
+    mean = moments.hessian.diagonal().mean()
+    if not mismatch or mean <= 0:
+        return w
+    ridge = DAMPING * mean * torch.eye(w.shape[1], device=w.device)
+    # W* - W = (X~^T X~ + l I)^-1 (X~^T X - X~^T X~) W: where the inputs agree, exactly nothing.
+    factor, failed = torch.linalg.cholesky_ex(moments.hessian + ridge)
+    if failed:
+        raise SingularHessianError("the second moments of the inputs are singular; more batches help")
+    return w + mismatch * torch.cholesky_solve((moments.cross - moments.hessian) @ w.T, factor).T
+
+
+def _qtensor(code: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> QTensor:
+    return QTensor(packing.pack(code, scheme.bits), scale, zero, scheme, code.shape[1])

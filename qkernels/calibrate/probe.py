@@ -1,0 +1,71 @@
+"""How large the inputs of each Linear are, from batches or, where there are none, from random tokens.
+
+Random tokens need no text, yet show what decides most: which channels of the hidden states are always large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.calibrate.walk import Batch, CalibrationError, as_calls, rows, run_batch, without_cache
+
+_RANDOM_BATCHES, _RANDOM_LENGTH = 8, 256
+
+
+def random_batches(model: nn.Module) -> list[Tensor] | None:
+    """Batches (1, tokens) of random tokens, the same ones each time; None unless the model reads tokens alone."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    config = getattr(model, "config", None)
+    if get_embeddings is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    try:
+        embedding = get_embeddings()
+    except NotImplementedError:  # transformers, for models that read something else
+        return None
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    length = min(_RANDOM_LENGTH, int(getattr(config, "max_position_embeddings", _RANDOM_LENGTH)))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, embedding.num_embeddings, (_RANDOM_BATCHES, length), generator=generator)
+    return list(tokens.split(1))
+
+
+@torch.no_grad()
+def importances(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """{name: (K,) float32 mean square of each input}; a Linear that no batch reaches is missing.
+
+    Raises:
+        CalibrationError: batches are none or empty, the model fails on one, or inputs of a layer are not finite.
+    """
+    calls = as_calls(batches, model)
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = rows(args[0])
+            sums[name] = sums[name] + x.square().sum(0) if name in sums else x.square().sum(0)
+            counts[name] = counts.get(name, 0) + x.shape[0]
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with without_cache(model):
+            for i, call in enumerate(calls):
+                run_batch(model, call, i)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    for name, found in sums.items():
+        if not torch.isfinite(found).all():
+            raise CalibrationError(f"{name}: its inputs are not finite on the calibration batches")
+    return {name: found / max(1, counts[name]) for name, found in sums.items()}

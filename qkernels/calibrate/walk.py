@@ -1,0 +1,249 @@
+"""Walking a model block by block, with the inputs that each Linear gets: the original's, and the quantized model's.
+
+A block is a module of the model's longest list of layers. Hidden states of one block are held at a time, twice: those
+of the original model and those that the quantized blocks before it give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Tensor | Mapping[str, Any] | Sequence[Any]
+
+
+class CalibrationError(ValueError):
+    """Batches, or the model on them, cannot serve for calibration; the message names the batch or the layer."""
+
+
+@dataclasses.dataclass
+class Call:
+    """What a module is called with, but for the hidden states that come first."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, module: nn.Module, hidden: Tensor | None) -> Any:
+        """The module's output; without hidden states the arguments are whole."""
+        return module(*self.args, **self.kwargs) if hidden is None else module(hidden, *self.args, **self.kwargs)
+
+
+@dataclasses.dataclass
+class Block:
+    """One stage of the walk.
+
+    Attributes:
+        name: of the module, "" for the whole model.
+        module: the block of the original model.
+        calls: one for each batch.
+    """
+
+    name: str
+    module: nn.Module
+    calls: list[Call]
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """Enough of a forward has run."""
+
+
+def as_calls(batches: Iterable[Batch], model: nn.Module) -> list[Call]:
+    """Batches as calls of the model.
+
+    Raises:
+        CalibrationError: there are none, or one is empty or no tensor, mapping or sequence.
+    """
+    if isinstance(batches, (Tensor, str, Mapping)):
+        raise CalibrationError(f"calibration must be an iterable of batches, got one {type(batches).__name__}")
+    calls = []
+    for i, batch in enumerate(batches):
+        if isinstance(batch, Tensor):
+            call = Call((batch,), {})
+        elif isinstance(batch, Mapping):
+            call = Call((), dict(batch))
+        elif isinstance(batch, (tuple, list)):
+            call = Call(tuple(batch), {})
+        else:
+            raise CalibrationError(
+                f"calibration batch {i} must be a Tensor, a mapping of keyword arguments or a sequence of positional "
+                f"ones, got {type(batch).__name__}"
+            )
+        tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
+        if not tensors or any(t.numel() == 0 for t in tensors):
+            raise CalibrationError(f"calibration batch {i} is empty")
+        calls.append(call)
+    if not calls:
+        raise CalibrationError("calibration holds no batches")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return [_moved(call, device) for call in calls]
+
+
+def _moved(call: Call, device: torch.device) -> Call:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Call(tuple(map(move, call.args)), {k: move(v) for k, v in call.kwargs.items()})
+
+
+def find_blocks(model: nn.Module, linears: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the blocks: of the ModuleList that holds most of the Linears, or the model itself."""
+    wanted = set(linears)
+    best: tuple[int, str, nn.ModuleList | None] = (0, "", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            count = sum(m in wanted for m in module.modules())
+            if count > best[0]:  # the outermost of equals
+                best = (count, name, module)
+    if best[2] is None:
+        return [("", model)]
+    return [(f"{best[1]}.{i}", block) for i, block in enumerate(best[2])]
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], calls: Sequence[Call]
+) -> tuple[list[Block], list[Tensor | None]]:
+    """Blocks with what each batch calls them with, and the hidden states that the first gets.
+
+    Raises:
+        CalibrationError: the model fails on a batch, or does not hand the hidden states from block to block.
+    """
+    if blocks[0][1] is model:
+        return [Block("", model, list(calls))], [None] * len(calls)
+    stages = [Block(name, module, []) for name, module in blocks]
+    first: list[Tensor | None] = []
+    for i, call in enumerate(calls):
+        _record_one(model, stages, call, first, i)
+    return stages, first
+
+
+def _record_one(model: nn.Module, stages: list[Block], call: Call, first: list[Tensor | None], i: int) -> None:
+    reached: list[int] = []
+    last: list[Any] = [None]
+
+    def before(stage: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if len(reached) != stage or not isinstance(hidden, Tensor) or (stage and hidden is not last[0]):
+                raise CalibrationError(
+                    f"calibration needs blocks that pass their hidden states on, one after the other; "
+                    f"{stages[stage].name} is not called so"
+                )
+            reached.append(stage)
+            if stage == 0:
+                first.append(hidden.clone())
+            # A cache would grow with every run of the block.
+            rest = {k: None if k in ("past_key_values", "past_key_value", "layer_past") else v for k, v in rest.items()}
+            stages[stage].calls.append(Call(args[1:], {k: False if k == "use_cache" else v for k, v in rest.items()}))
+
+        return hook
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        last[0] = hidden_of(output)
+
+    handles = []
+    for stage, block in enumerate(stages):
+        handles.append(block.module.register_forward_pre_hook(before(stage), with_kwargs=True))
+        handles.append(block.module.register_forward_hook(after))
+    try:
+        with without_cache(model):
+            run_batch(model, call, i)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(reached) != len(stages):
+        raise CalibrationError(f"calibration batch {i} never reaches {stages[len(reached)].name}")
+
+
+def run_batch(model: nn.Module, call: Call, i: int) -> None:
+    """Run the model on batch i; CalibrationError, naming the batch, if it fails."""
+    try:
+        call.run(model, None)
+    except CalibrationError:  # a hook's
+        raise
+    except Exception as error:
+        raise CalibrationError(f"the model fails on calibration batch {i}: {type(error).__name__}: {error}") from error
+
+
+class without_cache:  # noqa: N801 - reads as a statement
+    """A transformers model that keeps no keys and values meanwhile."""
+
+    def __init__(self, model: nn.Module):
+        self.config = getattr(model, "config", None)
+
+    def __enter__(self) -> None:
+        self.before = getattr(self.config, "use_cache", None)
+        if self.before:
+            self.config.use_cache = False  # type: ignore[union-attr]
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before:
+            self.config.use_cache = self.before  # type: ignore[union-attr]
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden states that a block returns: its output or the first of it."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def inputs_of(
+    module: nn.Module, linears: Mapping[str, nn.Module], call: Call, hidden: Tensor | None
+) -> tuple[dict[str, Tensor], list[list[str]], Any]:
+    """Inputs (tokens, K) of a block's Linears in one call, those that share an input together, and the output."""
+    inputs: dict[str, Tensor] = {}
+    shared: list[tuple[Tensor, list[str]]] = []
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            inputs[name] = torch.cat([inputs[name], rows(x)]) if name in inputs else rows(x)
+            names = next((names for known, names in shared if known is x), None)
+            if names is None:
+                shared.append((x, [name]))
+            elif name not in names:
+                names.append(name)
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
+    try:
+        output = call.run(module, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen: set[str] = set()
+    groups = []
+    for _, names in shared:
+        fresh = [name for name in names if name not in seen]
+        seen.update(fresh)
+        if fresh:
+            groups.append(fresh)
+    return inputs, groups, output
+
+
+def input_until(module: nn.Module, linear: nn.Module, call: Call, hidden: Tensor | None) -> Iterator[Tensor]:
+    """The input (tokens, K) of one Linear in a call, which then goes no further."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(rows(args[0]))
+        raise _Reached
+
+    handle = linear.register_forward_pre_hook(hook)
+    try:
+        call.run(module, hidden)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return iter(found)
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., K) as (tokens, K) float32."""
+    return x.detach().reshape(-1, x.shape[-1]).float()
