@@ -20,7 +20,7 @@ from qkernels.scheme import Scheme
 METHODS = ("rtn", "search", "hqq")
 
 _CHUNK_WEIGHTS = 2**17  # at a time: what a CPU's cache holds
-_SHRINKS = tuple(1 - 0.02 * i for i in range(1, 31))
+_SHRINKS = tuple(1 - 0.04 * i for i in range(1, 16))
 _REFITS = 3
 # Squares where importance says what an error costs at the output; without it, large errors count more.
 _POWER_BLIND, _POWER_WEIGHTED = 2.4, 2.0
@@ -132,17 +132,24 @@ class _Best:
 
 
 def _search(best: _Best, low: Tensor, high: Tensor) -> None:
+    ends = ((True, True),) if best.scheme.value_map == "symmetric" else ((True, True), (True, False), (False, True))
     for shrink in _SHRINKS:
-        scale, zero = reference.scale_and_zero(low * shrink, high * shrink, best.scheme)
-        best.consider(scale, zero)
-        if best.scheme.value_map == "affine":
-            for moved in _neighbours(zero, best.scheme):
-                best.consider(scale, moved)
+        for at_low, at_high in ends:
+            scale, zero = _shrunk(low, high, shrink if at_low else 1.0, shrink if at_high else 1.0, best.scheme)
+            best.consider(scale, zero)
     for _ in range(_REFITS):
-        best.consider(*_refit(best))
         if best.scheme.value_map == "affine":
             for moved in _neighbours(best.zero, best.scheme):
                 best.consider(best.scale, moved)
+        best.consider(*_refit(best))
+
+
+def _shrunk(low: Tensor, high: Tensor, at_low: float, at_high: float, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros of smaller ranges: toward zero, or toward their middle where they need not hold zero."""
+    if scheme.value_map == "offset":
+        middle = low * 0.5 + high * 0.5
+        return reference.scale_and_zero(middle.lerp(low, at_low), middle.lerp(high, at_high), scheme)
+    return reference.scale_and_zero(low * at_low, high * at_high, scheme)
 
 
 def _neighbours(zero: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -189,7 +196,7 @@ def _known(zero: Tensor | None) -> Tensor:
 def _half_quadratic(best: _Best, low: Tensor, high: Tensor) -> None:
     scheme, w = best.scheme, best.w
     for shrink in _HQQ_SHRINKS:
-        scale, zero = reference.scale_and_zero(low * shrink, high * shrink, scheme)
+        scale, zero = _shrunk(low, high, shrink, shrink, scheme)
         best.consider(scale, zero)
         beta = _HQQ_BETA
         for _ in range(_HQQ_ROUNDS):

@@ -242,7 +242,8 @@ def _quantized(
     known: Mapping[str, Tensor] = {}
     if batches is not None:
         known = importances(model, {name: linear for name, (linear, _) in plan.items()}, batches)
-    for name, (linear, scheme) in tqdm(list(plan.items()), desc="quantizing", unit="layer", disable=not progress):
+    for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
+        linear, scheme = plan[name]
         used, note = _method_for(method, scheme, name in known)
         yield name, quantize(linear.weight.detach(), scheme, method=used, importance=known.get(name)), used + note
         del linear
