@@ -55,7 +55,7 @@ def calibrate(
     plan: Mapping[str, tuple[nn.Linear, Scheme]],
     batches: Iterable[Batch],
     *,
-    mismatch: float = 1.0,
+    mismatch: float = 0.0,
     progress: bool = True,
 ) -> dict[str, tuple[QTensor, str]]:
     """{name: (quantized weight, method)} by GPTQ for the Linears of plan; the model is not changed.
@@ -66,7 +66,8 @@ def calibrate(
         model: with its weights; on any device.
         plan: {name: (Linear of the model, scheme)}.
         batches: tensors, mappings of keyword arguments or sequences of positional ones, to call the model with.
-        mismatch: how far weights are moved to make up for the error of the layers before, 0 to 1.
+        mismatch: how far weights are moved to make up for the error of the layers before, 0 to 1. On a small language
+            model with 6,000 tokens it neither helped nor hurt beyond noise.
         progress: whether to show a bar.
 
     Raises:

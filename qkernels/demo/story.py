@@ -102,7 +102,7 @@ def _device(wanted: str | None) -> str:
 def _quantized_copy(model: Any, scheme: Scheme) -> _Variant:
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     variant = copy.deepcopy(model, shared)  # modules are copied, tensors are not
-    return _Variant(variant, quantize_model(variant, scheme))
+    return _Variant(variant, quantize_model(variant, scheme, method="rtn"))
 
 
 def _predict_all(model: Any, variants: dict[str, _Variant], windows: Tensor) -> PredictionScore:
