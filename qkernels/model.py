@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -135,6 +136,7 @@ def quantize_model(
     *,
     method: str | None = None,
     calibration: Iterable[Batch] | Literal["random"] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     skip: Sequence[str] = DEFAULT_SKIP,
     schemes: Mapping[str, str | Scheme | None] | None = None,
     merge: bool | Sequence[Sequence[str]] = False,
@@ -155,6 +157,8 @@ def quantize_model(
             ones), or "random": tokens drawn at random, for a model that reads tokens alone. "gptq" needs one of them.
             To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; for them
             "random" is the default where it is possible.
+        resume: a folder, for "gptq", where each finished block is kept; the same call, after it was cut off, goes on
+            from there. It is yours to remove.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours.
@@ -175,14 +179,14 @@ def quantize_model(
     QuantLinear(in_features=128, out_features=10, bias=True, scheme='w8c')
     """
     start = time.perf_counter()
-    check_method(method, calibration)
+    check_method(method, calibration, resume)
     plan, skipped = _plan(model, as_scheme(scheme), skip, schemes or {})
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
     for name, (linear, chosen) in plan.items():
         _check_quantizable(name, linear, chosen)
     where = places(model)
     layers = []
-    for name, qweight, used in _quantized(model, plan, method, calibration, progress):
+    for name, qweight, used in _quantized(model, plan, method, calibration, resume, progress):
         linear, chosen = plan.pop(name)
         weight = linear.weight.detach()
         layers.append(
@@ -202,7 +206,9 @@ def quantize_model(
     return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start, merged)
 
 
-def check_method(method: str | None, calibration: Iterable[Batch] | str | None) -> None:
+def check_method(
+    method: str | None, calibration: Iterable[Batch] | str | None, resume: str | os.PathLike[str] | None = None
+) -> None:
     """Raise ValueError unless a method is known and has the calibration that it needs."""
     if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
@@ -212,6 +218,8 @@ def check_method(method: str | None, calibration: Iterable[Batch] | str | None) 
         raise ValueError(
             "method 'gptq' needs calibration: batches to call the model with, or 'random' for random tokens"
         )
+    if method != "gptq" and resume is not None:
+        raise ValueError(f"resume is for method 'gptq', which takes long; got method={method!r}")
     if method == "rtn" and calibration is not None:
         raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
 
@@ -221,6 +229,7 @@ def _quantized(
     plan: Mapping[str, tuple[nn.Linear, Scheme]],
     method: str | None,
     calibration: Iterable[Batch] | str | None,
+    resume: str | os.PathLike[str] | None,
     progress: bool,
 ) -> Iterator[tuple[str, QTensor, str]]:
     """(name, weight, method) of each layer of the plan; all that may fail on a batch has run before the first comes."""
@@ -236,7 +245,7 @@ def _quantized(
         batches = calibration
     if method == "gptq":
         assert batches is not None
-        done = calibrate(model, plan, batches, progress=progress)
+        done = calibrate(model, plan, batches, folder=resume, progress=progress)
         yield from ((name, *done.pop(name)) for name in list(plan))
         return
     known: Mapping[str, Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 import qkernels
 from qkernels import Scheme, reference
+from qkernels.calibrate import blocks as blocks_module
 from qkernels.calibrate import gptq as gptq_module
 from qkernels.calibrate.blocks import _made_up, _Moments, calibrate
 from qkernels.calibrate.gptq import SingularHessianError, damped, gptq
 from qkernels.calibrate.probe import importances, random_batches
+from qkernels.calibrate.resume import ResumeError
 from qkernels.calibrate.walk import CalibrationError
 from qkernels.fit import fit
 
@@ -329,3 +332,57 @@ def test_blocks_that_do_not_pass_their_states_on_are_refused() -> None:
 
     with pytest.raises(CalibrationError, match=r"pass their hidden states on.*blocks\.0 is not called so"):
         qkernels.quantize_model(TinyModel(), "w4g32", method="gptq", calibration=[TOKENS], progress=False)
+
+
+# ---- going on after a cut ----
+
+
+class _CutError(Exception):
+    pass
+
+
+def _cut_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    """Let a calibration die in the block after these."""
+    original, seen = blocks_module._block, []
+
+    def cut(*args: Any) -> Any:
+        seen.append(args)
+        if len(seen) > blocks:
+            raise _CutError
+        return original(*args)
+
+    monkeypatch.setattr(blocks_module, "_block", cut)
+
+
+def test_a_calibration_goes_on_from_its_last_block(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = _llama(), _tokens(4)
+    whole = calibrate(model, _plan(model, "w3g32"), batches, progress=False)
+    options: Any = dict(method="gptq", calibration=batches, resume=tmp_path / "run", progress=False)
+    with monkeypatch.context() as patch:
+        _cut_after(patch, 2)
+        with pytest.raises(_CutError):
+            qkernels.quantize_model(model, "w3g32", **options)
+    assert all(type(m) is not qkernels.QuantLinear for m in model.modules())
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "block-0000.safetensors", "block-0001.safetensors", "state.safetensors",
+    ]  # fmt: skip
+    with pytest.raises(ResumeError, match="another model, with other schemes, batches or settings"):
+        qkernels.quantize_model(model, "w3g64", **options)
+    with pytest.raises(ResumeError, match="another model"):
+        qkernels.quantize_model(model, "w3g32", **{**options, "calibration": _tokens(4, seed=1)})
+    (tmp_path / "run" / "block-0000.safetensors").rename(tmp_path / "aside")
+    with pytest.raises(ResumeError, match=r"block-0000\.safetensors is missing"):
+        qkernels.quantize_model(model, "w3g32", **options)
+    (tmp_path / "aside").rename(tmp_path / "run" / "block-0000.safetensors")
+    with monkeypatch.context() as patch:
+        _cut_after(patch, 1)  # only the third block is left
+        qkernels.quantize_model(model, "w3g32", **options)
+    for name, (weight, _) in whole.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, qkernels.QuantLinear)
+        assert all(torch.equal(a, b) for a, b in zip(layer.qweight.tensors, weight.tensors, strict=True)), name
+
+
+def test_resume_is_for_what_takes_long() -> None:
+    with pytest.raises(ValueError, match="resume is for method 'gptq'"):
+        qkernels.quantize_model(_llama(), "w4g32", resume="folder", progress=False)
