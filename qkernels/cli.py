@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from qkernels import fit
+
 # Names that hold 2-D weights which are not Linears, or which suffer most.
 SKIPPED_NAMES = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*")
 
@@ -57,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("input", type=pathlib.Path, help="a safetensors file")
     quantize.add_argument("output", type=pathlib.Path, help="the file to write")
     quantize.add_argument("--scheme", required=True, help="such as w4g128")
+    quantize.add_argument(
+        "--method", choices=fit.METHODS, default="rtn",
+        help="rtn rounds to nearest (default); search tries ranges, zeros and scales, which pays at 3 bits and below; "
+        "hqq moves zeros",
+    )  # fmt: skip
     quantize.add_argument(
         "--skip", action="append", metavar="PATTERN",
         help=f"names of tensors to leave alone; may be repeated (default: {' '.join(SKIPPED_NAMES)})",
@@ -146,7 +153,7 @@ def _quantize(options: argparse.Namespace) -> None:
                     tensors[name] = tensor
                     continue
                 try:
-                    tensors[name] = quantize(tensor, scheme)
+                    tensors[name] = quantize(tensor, scheme, method=options.method)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
                 before += tensor.nbytes

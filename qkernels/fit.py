@@ -65,10 +65,11 @@ def fit(
     for start in range(0, w.shape[0], step):
         rows = slice(start, start + step)
         chunk = w[rows].float()
-        weighted = None if importance is None else importance.float().expand(chunk.shape).contiguous()
-        for view, groups in reference.by_group(chunk, scheme):
-            h = None if weighted is None else dict(_slices(weighted, scheme))[groups.start]
-            best = _Best(view, h, scheme, method, scale[groups, rows], None if zero is None else zero[groups, rows])
+        weighted = chunk if importance is None else importance.float().expand(chunk.shape).contiguous()
+        views = zip(reference.by_group(chunk, scheme), reference.by_group(weighted, scheme), strict=True)
+        for (view, groups), (h, _) in views:
+            known = None if importance is None else h
+            best = _Best(view, known, scheme, method, scale[groups, rows], None if zero is None else zero[groups, rows])
             (_search if method == "search" else _half_quadratic)(best, low[groups, rows], high[groups, rows])
             scale[groups, rows] = best.scale
             if zero is not None and best.zero is not None:
@@ -84,10 +85,6 @@ def check_importance(importance: Tensor, in_features: int) -> None:
         )
     if not (torch.isfinite(importance).all() and (importance >= 0).all()):
         raise ValueError("importance must be finite and not negative")
-
-
-def _slices(matrix: Tensor, scheme: Scheme) -> list[tuple[int, Tensor]]:
-    return [(groups.start, view) for view, groups in reference.by_group(matrix, scheme)]
 
 
 class _Best:

@@ -53,6 +53,17 @@ def test_quantize_and_inspect(
     assert line.split() == ["layer.weight", "w4g32", "24", "x", "64", "912", "B", "4.75"]
 
 
+def test_a_method_chooses_the_codes(model_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "small.safetensors"
+    assert cli.main(["quantize", str(model_file), str(out), "--scheme", "w2g32", "--method", "search"]) == 0
+    q = qkernels.load(out)["layer.weight"]
+    assert isinstance(q, QTensor)
+    w = safetensors.torch.load_file(model_file)["layer.weight"]
+    wanted = qkernels.quantize(w, "w2g32", method="search")
+    assert all(torch.equal(a, b) for a, b in zip(q.tensors, wanted.tensors, strict=True))
+    assert not torch.equal(q.packed, qkernels.quantize(w, "w2g32").packed)
+
+
 def test_skip_patterns_are_yours_to_choose(model_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "small.safetensors"
     assert cli.main(["quantize", str(model_file), str(out), "--scheme", "w8c", "--skip", "layer*"]) == 0
