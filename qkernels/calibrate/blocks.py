@@ -23,12 +23,12 @@ from qkernels.calibrate.walk import (
     Block,
     CalibrationError,
     as_calls,
+    evaluating,
     find_blocks,
     hidden_of,
     input_until,
     inputs_of,
     record,
-    without_cache,
 )
 from qkernels.fit import fit
 from qkernels.scheme import Scheme
@@ -83,9 +83,7 @@ def calibrate(
 
     calls = as_calls(batches, model)
     named: dict[nn.Module, str] = {linear: name for name, (linear, _) in plan.items()}
-    was_training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with evaluating(model):
         stages, original = record(model, find_blocks(model, named), calls)
         quantized = list(original)
         done: dict[str, tuple[QTensor, str]] = {}
@@ -94,17 +92,13 @@ def calibrate(
         if kept is not None and (found := kept.load(len(calls), next(model.parameters()).device)):
             finished, weights, original, quantized = found
             done = {name: (weight, "gptq") for name, weight in weights.items()}
-        bar = tqdm(total=len(stages), initial=finished, desc="calibrating", unit="block", disable=not progress)
-        with without_cache(model), bar:
+        with tqdm(total=len(stages), initial=finished, desc="calibrating", unit="block", disable=not progress) as bar:
             for index in range(finished, len(stages)):
                 before = set(done)
                 original, quantized = _block(stages[index], named, plan, original, quantized, mismatch, done)
                 if kept is not None:
                     kept.save(index, {n: q for n, (q, _) in done.items() if n not in before}, original, quantized)
                 bar.update()
-    finally:
-        for module in was_training:
-            module.training = True
     for name, (linear, scheme) in plan.items():
         if name not in done:
             scale, zero = fit(linear.weight.detach(), scheme)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Batch, CalibrationError, as_calls, rows, run_batch, without_cache
+from qkernels.calibrate.walk import Batch, CalibrationError, as_calls, evaluating, rows, run_batch
 
 _RANDOM_BATCHES, _RANDOM_LENGTH = 8, 256
 
@@ -54,17 +54,13 @@ def importances(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Ite
         return hook
 
     handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
-    training = [m for m in model.modules() if m.training]
-    model.eval()
     try:
-        with without_cache(model):
+        with evaluating(model):
             for i, call in enumerate(calls):
                 run_batch(model, call, i)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     for name, found in sums.items():
         if not torch.isfinite(found).all():
             raise CalibrationError(f"{name}: its inputs are not finite on the calibration batches")

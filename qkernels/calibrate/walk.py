@@ -6,6 +6,7 @@ of the original model and those that the quantized blocks before it give.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -151,8 +152,7 @@ def _record_one(model: nn.Module, stages: list[Block], call: Call, first: list[T
         handles.append(block.module.register_forward_pre_hook(before(stage), with_kwargs=True))
         handles.append(block.module.register_forward_hook(after))
     try:
-        with without_cache(model):
-            run_batch(model, call, i)
+        run_batch(model, call, i)
     finally:
         for handle in handles:
             handle.remove()
@@ -170,20 +170,22 @@ def run_batch(model: nn.Module, call: Call, i: int) -> None:
         raise CalibrationError(f"the model fails on calibration batch {i}: {type(error).__name__}: {error}") from error
 
 
-class without_cache:  # noqa: N801 - reads as a statement
-    """A transformers model that keeps no keys and values meanwhile."""
-
-    def __init__(self, model: nn.Module):
-        self.config = getattr(model, "config", None)
-
-    def __enter__(self) -> None:
-        self.before = getattr(self.config, "use_cache", None)
-        if self.before:
-            self.config.use_cache = False  # type: ignore[union-attr]
-
-    def __exit__(self, *_: Any) -> None:
-        if self.before:
-            self.config.use_cache = self.before  # type: ignore[union-attr]
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode and, if it is one of transformers', keeps no keys and values."""
+    training = [module for module in model.modules() if module.training]
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    model.eval()
+    if use_cache:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if use_cache:
+            config.use_cache = use_cache  # type: ignore[union-attr]
 
 
 def hidden_of(output: Any) -> Any:
