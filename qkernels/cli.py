@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="what quantizing cost: layer by layer, and, for a language model, its predictions",
-        description="Compare what qkernels wrote with the model it came from. Against a safetensors file, weights alone "
-        "are compared; against a language model, also outputs of layers on a text, perplexity and KL.",
+        description="Compare what qkernels wrote with the model it came from: against a safetensors file weights "
+        "alone, against a language model also outputs of layers on a text, perplexity and KL.",
     )
     report.add_argument("quantized", type=pathlib.Path, metavar="DIR", help="a file that qkernels wrote, or its folder")
     report.add_argument(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels import checkpoint
 from qkernels.formats import native
@@ -119,8 +119,8 @@ def _language_model(quantized: pathlib.Path, options: argparse.Namespace) -> Qua
 def _quantized_copy(path: pathlib.Path, reference: Any) -> Any:
     """The file's model, in the reference's modules: parameters come from the file, so none are copied."""
     parameter = next(iter(reference.parameters()))
-    empty = {id(p): p.to("meta") for p in reference.parameters()}
-    empty |= {id(b): b for b in reference.buffers()}
+    empty: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().to("meta")) for p in reference.parameters()}
+    empty |= {id(buffer): buffer.clone() for buffer in reference.buffers()}  # a file may hold others
     model = copy.deepcopy(reference, empty)
     # Scales stay as they are; norms and the like get the reference's dtype.
     return checkpoint.load(path, model).to(parameter.device, parameter.dtype).eval()

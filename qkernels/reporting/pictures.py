@@ -39,9 +39,11 @@ def layers(rows: Sequence[LayerQuality]) -> Any:
             axes.plot(chosen, [errors[i] for i in chosen], "o", color=color, markersize=3.5, label=kind)
         for i, row in enumerate(ordered[:5]):
             axes.annotate(
-                _short(row.name, 50), (i, errors[i]), xytext=(len(rows) * 0.08, errors[0] * (1 - 0.06 * i)),
+                _short(row.name, 50), (i, errors[i]), xytext=(len(rows) * 0.1, errors[0] * (1 - 0.05 * i)),
                 fontsize=8, color=_INK, va="center",
-                arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.5, "shrinkB": 2},
+                arrowprops={
+                    "arrowstyle": "-", "color": _GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5),
+                },
             )  # fmt: skip
         axes.set_ylim(0, max(1e-9, max(errors)) * 1.06)
         axes.set_xlabel("layers, the worst first")
@@ -64,7 +66,16 @@ def bits(rows: Sequence[LayerQuality]) -> Any:
     sizes = [row.bits_per_weight for row in rows]
     room = max(0.25, 0.08 * (max(sizes) - min(sizes)))
     axes.set_xlim(min(sizes) - room, max(sizes) + room)
-    axes.set_ylim(0, max(1e-9, *(100 * row.worst_first for row in rows)) * 1.06)
+    errors = [100 * row.worst_first for row in rows]
+    if min(errors) > 0 and max(errors) > 5 * min(errors):
+        axes.set_yscale("log")
+        ticks = [m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5)]
+        axes.set_yticks([t for t in ticks if min(errors) / 2 <= t <= max(errors) * 2])
+        axes.set_yticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(min(errors) / 1.3, max(errors) * 1.3)
+    else:
+        axes.set_ylim(0, max(1e-9, *errors) * 1.06)
     axes.set_xlabel("bits per weight, scales and padding included")
     axes.set_ylabel(_error_label(rows))
     axes.legend(frameon=False, fontsize=9, loc="best")
@@ -87,12 +98,16 @@ def heatmap(row: LayerQuality) -> Any:
     mean_square = row.error.signal / (row.shape[0] * row.shape[1])
     decibels = 10 * torch.log10(row.blocks.double().clamp(min=1e-300) / mean_square)
     shown = decibels[row.blocks > 0]
-    colors = LinearSegmentedColormap.from_list("error", ["#ffffff", "#cfe0ef", _BLUE, "#123a5e", _RED])
-    image = axes.imshow(
-        decibels.numpy(), aspect="auto", interpolation="nearest", cmap=colors,
-        vmin=float(shown.quantile(0.02)), vmax=float(shown.max()),
-        extent=(0, row.shape[1], row.shape[0], 0),
-    )  # fmt: skip
+    colors = LinearSegmentedColormap.from_list("error", ["#f4f7fa", "#9cc3e0", _BLUE, "#0d2538"])
+    # Edges, because the last row and the last column of cells may be narrower than the others.
+    down, across = (
+        [min(i * step, size) for i in range(count + 1)]
+        for count, step, size in zip(row.blocks.shape, row.block_shape, row.shape, strict=True)
+    )
+    image = axes.pcolormesh(
+        across, down, decibels.numpy(), cmap=colors, vmin=float(shown.quantile(0.02)), vmax=float(shown.max())
+    )
+    axes.invert_yaxis()
     bar = figure.colorbar(image, ax=axes, label="mean squared error / mean squared weight, dB")
     bar.ax.tick_params(labelsize=9)
     bar.outline.set_visible(False)
