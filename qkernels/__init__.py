@@ -10,6 +10,8 @@ from qkernels.formats.native import FormatError
 from qkernels.merge import merge_siblings
 from qkernels.model import QuantizationReport, quantize_model
 from qkernels.nn import QuantLinear
+from qkernels.reporting.measure import report
+from qkernels.reporting.table import QualityReport
 from qkernels.scheme import Scheme
 from qkernels.siblings import MergedLinear
 from qkernels.tensor import QTensor, QuantizationError, quantize
@@ -18,6 +20,7 @@ __all__ = [
     "FormatError",
     "MergedLinear",
     "QTensor",
+    "QualityReport",
     "QuantLinear",
     "QuantizationError",
     "QuantizationReport",
@@ -26,6 +29,7 @@ __all__ = [
     "merge_siblings",
     "quantize",
     "quantize_model",
+    "report",
     "save",
 ]
 __version__ = "0.1.0"

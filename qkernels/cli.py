@@ -1,4 +1,4 @@
-"""The command line: demo, quantize, inspect, tune."""
+"""The command line: demo, quantize, inspect, report, tune."""
 
 from __future__ import annotations
 
@@ -73,6 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="list what a file that qkernels wrote holds, and check it")
     inspect.add_argument("file", type=pathlib.Path)
     inspect.set_defaults(run=_inspect)
+
+    report = commands.add_parser(
+        "report",
+        help="what quantizing cost: layer by layer, and, for a language model, its predictions",
+        description="Compare what qkernels wrote with the model it came from: against a safetensors file weights "
+        "alone, against a language model also outputs of layers on a text, perplexity and KL.",
+    )
+    report.add_argument("quantized", type=pathlib.Path, metavar="DIR", help="a file that qkernels wrote, or its folder")
+    report.add_argument(
+        "--reference", type=pathlib.Path, metavar="PATH", required=True,
+        help="unquantized: a safetensors file, a GGUF file or a language model's folder",
+    )  # fmt: skip
+    report.add_argument("--text", type=pathlib.Path, metavar="FILE", help="to predict, UTF-8 (default: the demo's)")
+    report.add_argument("--windows", type=positive_int, metavar="N", help="how many of 512 tokens (default 8)")
+    report.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="for report.csv, report.html and pictures")
+    report.set_defaults(run=_report)
 
     tune = commands.add_parser(
         "tune",
@@ -185,6 +201,12 @@ def _inspect(options: argparse.Namespace) -> None:
     columns = ("tensor", "scheme or dtype", "shape", "size", "bits/weight")
     title = f"{options.file}: {len(tensors)} tensors, {tables.size(total)}, every field checked"
     print(tables.text(title, columns, rows, text_columns=2))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from qkernels.reporting import command
+
+    command.run(options)
 
 
 def _tune(options: argparse.Namespace) -> None:

@@ -1,0 +1,76 @@
+"""Second moments H = X^T X of what layers read, so that tr(E H E^T) is ||X E^T||^2 without keeping any X."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SecondMoments:
+    """H (K, K) float32 of each layer, summed over its calls.
+
+    Layers that always read the very same tensor (q_proj, k_proj, v_proj) hold one H between them: a call replaces a
+    layer's H by a new sum, and a layer with the same old H that reads the same x takes the sum that is there.
+
+    Args:
+        layers: {name: layer}, each with in_features.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear]):
+        self.layers = layers
+        self.moments: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None
+        self.last: tuple[Tensor, int, dict[Tensor | None, Tensor]] | None = None
+
+    @contextmanager
+    def watching(self, mask: Tensor | None = None) -> Iterator[None]:
+        """Count what the layers read meanwhile, and leave no hook behind.
+
+        Args:
+            mask: (batch, tokens), zero for padding, which is left out of inputs (batch, tokens, K); None to count all.
+        """
+        hooks = []
+        self.mask = mask
+        try:
+            for name, layer in self.layers.items():
+                hooks.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.mask = self.last = None
+
+    def _hook(self, name: str) -> Any:
+        def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._add(name, args[0] if args else kwargs["input"])
+
+        return count
+
+    @torch.no_grad()
+    def _add(self, name: str, x: Tensor) -> None:
+        old = self.moments.get(name)
+        version = -1 if x.is_inference() else x._version
+        if self.last is None or self.last[0] is not x or self.last[1] != version or version < 0:
+            self.last = (x, version, {})
+        sums = self.last[2]
+        if old not in sums:
+            rows = unpadded(x.detach(), self.mask).float()
+            if not rows.numel():
+                return
+            if not torch.isfinite(rows).all():
+                raise ValueError(f"the input of {name} in the reference model holds NaN or infinity")
+            zero = rows.new_zeros((), dtype=torch.float32)
+            sums[old] = torch.addmm(zero if old is None else old, rows.T, rows)
+        self.moments[name] = sums[old]
+
+
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (..., K) as (rows, K), without the rows that a mask (batch, tokens) of its leading sizes says are padding."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or mask.shape != x.shape[:-1]:
+        return rows
+    return rows[mask.reshape(-1).to(x.device).bool()]

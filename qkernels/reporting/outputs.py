@@ -1,0 +1,192 @@
+"""Running both models over batches: what the layers read, and how far the outputs are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.quality import PredictionScore
+from qkernels.reporting._second_moments import SecondMoments, unpadded
+from qkernels.reporting.rows import ModelQuality
+
+Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
+
+
+class OutputScore:
+    """Running sums over the outputs of both models."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.model, self.reference = PredictionScore(), PredictionScore()
+        self.signal = self.noise = self.distance = 0.0
+        self.vectors = 0
+
+    def add_predictions(self, y: Tensor, original: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+        """Logits (batch, tokens, vocabulary) of both models, sequence by sequence; none are kept."""
+        for i, sequence in enumerate(tokens):
+            targets = sequence[1:].to(original.device)
+            ours, theirs = (torch.log_softmax(z[i, :-1].to(original.device).float(), dim=-1) for z in (y, original))
+            if mask is not None:
+                real = (mask[i, 1:].bool() & mask[i, :-1].bool()).to(original.device)
+                targets, ours, theirs = targets[real], ours[real], theirs[real]
+            self.model.add(ours, targets, theirs)
+            self.reference.add(theirs, targets)
+
+    def add_vectors(self, y: Tensor, original: Tensor, mask: Tensor | None) -> None:
+        """Outputs (..., features) of both models."""
+        a, b = (unpadded(z.to(original.device), mask).double() for z in (original, y))
+        self.signal += a.square().sum().item()
+        self.noise += (a - b).square().sum().item()
+        self.distance += (1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).sum().item()
+        self.vectors += a.shape[0]
+
+    def result(self) -> ModelQuality:
+        """The figures."""
+        if self.model.predictions:
+            return ModelQuality(
+                self.batches,
+                self.model.predictions,
+                self.model.perplexity,
+                self.reference.perplexity,
+                self.model.kl,
+            )
+        if not self.vectors:
+            raise ValueError("batches hold no token to predict: each needs two tokens or more, padding aside")
+        relative = math.sqrt(self.noise / self.signal) if self.signal else math.inf if self.noise else 0.0
+        return ModelQuality(self.batches, output_error=relative, cosine_distance=self.distance / self.vectors)
+
+
+def run(
+    model: nn.Module, reference: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Batch]
+) -> tuple[dict[str, Tensor], ModelQuality]:
+    """({name: H (K, K) float32 of the layer's input in `reference`}, how far the models' outputs are apart).
+
+    Both models run in evaluation mode, without gradients; their modes are what they were afterwards.
+
+    Args:
+        model: the quantized one.
+        reference: the unquantized one.
+        layers: of the reference, by name.
+        batches: see qkernels.report; gone through once.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be an iterable of Tensors, dicts or tuples, got a {type(batches).__name__}; "
+            "for a single batch write batches=[batch]"
+        )
+    moments, score = SecondMoments(layers), OutputScore()
+    with torch.no_grad(), _evaluating(model), _evaluating(reference):
+        for batch in batches:
+            args, kwargs = _arguments(batch, score.batches)
+            mask = _mask(kwargs)
+            with moments.watching(mask):
+                original = _call(reference, args, kwargs)
+            _add(score, _call(model, args, kwargs), original, _tokens(reference, args, kwargs), mask)
+            score.batches += 1
+    if not score.batches:
+        raise ValueError("batches is empty: give at least one, or none at all (batches=None) to compare weights only")
+    if unreached := [name for name in layers if name not in moments.moments]:
+        more = f", and {len(unreached) - 3} more" if len(unreached) > 3 else ""
+        raise ValueError(
+            f"no batch reaches {', '.join(unreached[:3])}{more} in the reference model: "
+            "its output error cannot be measured; give batches that use every quantized layer, or batches=None"
+        )
+    return moments.moments, score.result()
+
+
+def _add(score: OutputScore, found: Any, original: Any, tokens: Tensor | None, mask: Tensor | None) -> None:
+    y, wanted = (_output(output, who) for output, who in ((found, "model"), (original, "reference")))
+    if y.shape != wanted.shape:
+        raise ValueError(f"the outputs differ in shape: model {tuple(y.shape)}, reference {tuple(wanted.shape)}")
+    if not torch.isfinite(wanted).all():
+        raise ValueError(f"the output of the reference model for batch {score.batches} holds NaN or infinity")
+    if not wanted.numel():
+        return
+    if _field(original, "logits") is not None and _are_predictions(wanted, tokens):
+        assert tokens is not None
+        score.add_predictions(y, wanted, tokens, mask)
+    else:
+        score.add_vectors(y, wanted, mask)
+
+
+def _are_predictions(logits: Tensor, tokens: Tensor | None) -> bool:
+    return (
+        tokens is not None
+        and logits.ndim == 3
+        and logits.shape[:2] == tokens.shape
+        and int(tokens.max()) < logits.shape[2]
+    )
+
+
+def _tokens(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The ids (batch, tokens) whose successors a model predicts; None for one that is known to predict none."""
+    can_generate = getattr(model, "can_generate", None)  # Hugging Face's: not for masked language models
+    if callable(can_generate) and not can_generate():
+        return None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+        return None
+    return ids.long()
+
+
+def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _output(output: Any, who: str) -> Tensor:
+    """The floating tensor that a model is for: logits, else the first there is."""
+    found = _field(output, "logits")
+    if found is None:
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+        candidates = (output, *values, _field(output, "last_hidden_state"))
+        found = next((v for v in candidates if isinstance(v, Tensor) and v.is_floating_point() and v.ndim), None)
+    if found is None:
+        raise TypeError(
+            f"{who} returned a {type(output).__name__} without a floating tensor, so outputs cannot be compared; "
+            "batches=None compares weights only"
+        )
+    return found
+
+
+def _field(output: Any, name: str) -> Tensor | None:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    raise TypeError(f"batch {index} must be a Tensor, a dict or a tuple of arguments, got a {type(batch).__name__}")
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    first = next((p for p in model.parameters()), None)
+    device = torch.device("cpu") if first is None else first.device
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return model(*(moved(value) for value in args), **{name: moved(value) for name, value in kwargs.items()})
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
