@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibrate.walk import evaluating
 from qkernels.quality import PredictionScore
 from qkernels.reporting._second_moments import SecondMoments, unpadded
 from qkernels.reporting.rows import ModelQuality
@@ -80,13 +80,13 @@ def run(
             "for a single batch write batches=[batch]"
         )
     moments, score = SecondMoments(layers), OutputScore()
-    with torch.no_grad(), _evaluating(model), _evaluating(reference):
+    with torch.no_grad(), evaluating(model), evaluating(reference):
         for batch in batches:
             args, kwargs = _arguments(batch, score.batches)
             mask = _mask(kwargs)
             with moments.watching(mask):
-                original = _call(reference, args, kwargs)
-            _add(score, _call(model, args, kwargs), original, _tokens(reference, args, kwargs), mask)
+                original = _call(reference, args, kwargs, score.batches)
+            _add(score, _call(model, args, kwargs, score.batches), original, _tokens(reference, args, kwargs), mask)
             score.batches += 1
     if not score.batches:
         raise ValueError("batches is empty: give at least one, or none at all (batches=None) to compare weights only")
@@ -171,22 +171,14 @@ def _arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]
     raise TypeError(f"batch {index} must be a Tensor, a dict or a tuple of arguments, got a {type(batch).__name__}")
 
 
-def _call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> Any:
     first = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if first is None else first.device
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    return model(*(moved(value) for value in args), **{name: moved(value) for name, value in kwargs.items()})
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        return model(*(moved(value) for value in args), **{name: moved(value) for name, value in kwargs.items()})
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(f"the model fails on batch {index}: {type(error).__name__}: {error}") from error
