@@ -18,6 +18,7 @@ from qkernels.demo import fetch, language_model, story
 from qkernels.demo.fetch import FetchError, Source
 from qkernels.quality import PredictionScore
 from qkernels.tensor import QuantizationError, quantize
+from tests.tiny_model import save_tiny_llama
 
 TEXT = "A paragraph of text\nwhich is wrapped.\n\n   And another one,\nthe second.\n\n" * 30
 
@@ -25,22 +26,7 @@ TEXT = "A paragraph of text\nwhich is wrapped.\n\n   And another one,\nthe secon
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with a random Llama of two layers and a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"]
-    tokenizer = Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(symbols), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=256, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 def test_demo_from_model_to_plots(
