@@ -44,7 +44,7 @@ def _pair(kind: type[TinyModel] = TinyModel, scheme: str = "w3g32", **options: A
         for parameter in reference.parameters():
             parameter.mul_(3)  # so that predictions are not all alike
     model = copy.deepcopy(reference)
-    qkernels.quantize_model(model, scheme, progress=False, **options)
+    qkernels.quantize_model(model, scheme, **{"method": "rtn", "progress": False, **options})
     return model, reference
 
 
@@ -179,8 +179,8 @@ def test_merged_layers_are_reported_like_others() -> None:
     reference = nn.Module()
     reference.q_proj, reference.k_proj = nn.Linear(64, 32), nn.Linear(64, 48)
     plain, merged = copy.deepcopy(reference), copy.deepcopy(reference)
-    qkernels.quantize_model(plain, "w4g32", progress=False)
-    qkernels.quantize_model(merged, "w4g32", merge=[("q_proj", "k_proj")], progress=False)
+    qkernels.quantize_model(plain, "w4g32", method="rtn", progress=False)
+    qkernels.quantize_model(merged, "w4g32", merge=[("q_proj", "k_proj")], method="rtn", progress=False)
     assert isinstance(merged.q_proj, qkernels.MergedLinear)
     rows = qkernels.report(merged, reference).layers
     assert rows == qkernels.report(plain, reference).layers
@@ -272,6 +272,7 @@ class Unreached(TinyModel):
         (TinyModel, lambda _: TOKENS, TypeError, r"got a Tensor; for a single batch write batches=\[batch\]"),
         (TinyModel, lambda _: {"tokens": TOKENS}, TypeError, "got a dict"),
         (TinyModel, lambda _: [3], TypeError, "batch 0 must be a Tensor, a dict or a tuple"),
+        (TinyModel, lambda _: [TOKENS, TOKENS + 50], ValueError, "the model fails on batch 1: IndexError"),
         (TinyModel, _nan, ValueError, r"the input of blocks\.1\.down in the reference model holds NaN"),
         (Unreached, lambda _: [TOKENS], ValueError, r"no batch reaches blocks\.0\.up, blocks\.0\.down in"),
         (TinyLanguageModel, lambda _: [TOKENS[:, :1]], ValueError, "each needs two tokens or more"),
@@ -534,7 +535,7 @@ def test_the_command_measures_a_language_model(
 
     reference, tokenizer = language_model.load(llama, "cpu")
     model = copy.deepcopy(reference)
-    qkernels.quantize_model(model, "w3g32", progress=False)
+    qkernels.quantize_model(model, "w3g32", method="rtn", progress=False)
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)  # what else the file holds counts, too
     saved, text = tmp_path / "q.safetensors", tmp_path / "text.txt"
