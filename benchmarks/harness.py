@@ -51,7 +51,7 @@ def machine(code: str | None = None) -> Record:
         **(_gpu() if torch.cuda.is_available() else {"device": "cpu", "driver": None}),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{name: _version(name) for name in ("triton", "transformers", "gemlite", "bitsandbytes", "torchao")},
+        **{name: version(name) for name in ("triton", "transformers", "gemlite", "bitsandbytes", "torchao")},
         "commit": code or commit(),
     }
 
@@ -92,7 +92,8 @@ def driver_and_clocks(uuid: str) -> dict[str, str | None]:
     )
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

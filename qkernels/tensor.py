@@ -28,6 +28,17 @@ class QuantizationError:
     noise: float
     largest: float
 
+    @staticmethod
+    def between(original: Tensor, found: Tensor) -> QuantizationError:
+        """Of `found`, which stands for `original`; float32 both."""
+        difference = original - found
+        return QuantizationError(
+            # squares in float64: those of tiny weights vanish in float32
+            signal=original.double().square().sum().item(),
+            noise=difference.double().square().sum().item(),
+            largest=difference.abs().max().item() if original.numel() else 0.0,
+        )
+
     @property
     def snr_db(self) -> float:
         """Signal to noise, 10 log10(signal / noise), in decibels; infinite where nothing was lost."""
@@ -121,14 +132,7 @@ class QTensor:
         """How far this is from the original weight w (N, K)."""
         if w.shape != self.shape:
             raise ValueError(f"w must have shape {tuple(self.shape)}, got {tuple(w.shape)}")
-        original = w.detach().float()
-        difference = original - self.dequantize()
-        return QuantizationError(
-            # squares in float64: those of tiny weights vanish in float32
-            signal=original.double().square().sum().item(),
-            noise=difference.double().square().sum().item(),
-            largest=difference.abs().max().item() if w.numel() else 0.0,
-        )
+        return QuantizationError.between(w.detach().float(), self.dequantize())
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same codes and scales on another device. Dtypes stay: another scale would be another weight."""

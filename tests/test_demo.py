@@ -140,8 +140,7 @@ def _source(wheel: bool, archive: pathlib.Path, content: bytes) -> Source:
         requirement="package==1",
         wheel=wheel,
         archive_sha256=fetch._sha256(archive),
-        member="package/file.txt",
-        member_sha256=hashlib.sha256(content).hexdigest(),
+        members={"package/file.txt": hashlib.sha256(content).hexdigest()},
         licence="",
     )
 
@@ -168,16 +167,40 @@ def test_fetch_checks_and_caches(wheel: bool, tmp_path: pathlib.Path, monkeypatc
     assert fetch.fetch(good).read_bytes() == b"text"
     assert len(downloads) == 2
     for bad, message in (
-        (_source(wheel, archive, b"other"), "a file: sha256 must be"),
+        (_source(wheel, archive, b"other"), "file.txt: sha256 must be"),
         (
-            Source(**{**vars(good), "archive_sha256": "0" * 64, "member": "package/new.txt"}),
+            Source(**{**vars(good), "archive_sha256": "0" * 64, "members": {"package/new.txt": ""}}),
             "package==1: sha256 must be",
         ),
-        (Source(**{**vars(good), "member": "package/none.txt"}), "holds no package/none.txt"),
+        (Source(**{**vars(good), "members": {"package/none.txt": ""}}), "holds no package/none.txt"),
     ):
         with pytest.raises(FetchError, match=message):
             fetch.fetch(bad)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["file.txt"]
+
+
+def test_files_that_belong_together_come_from_one_download(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "package.whl"
+    contents = {"package/a/one.txt": b"1", "package/b/two.txt": b"2"}
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for name, content in contents.items():
+            zipped.writestr(name, content)
+    downloads = []
+    monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "_download", lambda source, folder: (downloads.append(source), archive)[1])
+    members = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    source = Source(**{**vars(_source(True, archive, b"")), "name": "folder", "members": members})
+    for _ in range(2):
+        folder = fetch.fetch(source)
+        assert folder == tmp_path / "cache/folder"
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"one.txt": b"1", "two.txt": b"2"}
+    assert len(downloads) == 1
+    (folder / "two.txt").unlink()
+    fetch.fetch(source)
+    assert (folder / "two.txt").read_bytes() == b"2"
+    assert len(downloads) == 2
 
 
 def test_offline_the_message_says_what_to_do(

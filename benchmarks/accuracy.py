@@ -1,0 +1,259 @@
+"""What each method loses at each scheme, on real models and texts; with other packages in the same run.
+
+python -m benchmarks.accuracy                                   # everything, hours on two cores
+python -m benchmarks.accuracy --schemes w4g128 --methods rtn search gptq
+
+One result file holds one entry per model, scheme and method, and is written after each. The same command, run again,
+measures only what is missing; --again measures what it is told to, whatever there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import harness, peers
+from benchmarks.subjects import SUBJECTS, Encoder, LanguageModel, Subject
+from qkernels import tables
+from qkernels.model import quantize_model
+from qkernels.nn import QuantLinear, places
+from qkernels.scheme import Scheme
+from qkernels.tensor import QuantizationError
+
+RESULT = harness.RESULTS / "accuracy/accuracy.json"
+SCHEMES = ("w4g128", "w4g64", "w3g64", "w2g64", "w8g128", "w4g32", "w3g128", "w2g32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to choose codes.
+
+    Attributes:
+        what: for people.
+        options: of quantize_model.
+        on_text: whether it learns from the calibration text.
+    """
+
+    what: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    on_text: bool = False
+
+
+OURS: Mapping[str, Method] = {
+    "rtn": Method("round to nearest", {"method": "rtn"}),
+    "default": Method("search, weighted by inputs on random tokens"),
+    "hqq": Method("half-quadratic zeros, weighted likewise", {"method": "hqq"}),
+    "gptq": Method("GPTQ and descent", {"method": "gptq"}, on_text=True),
+}
+METHODS = (*OURS, *peers.PEERS)
+
+
+@dataclasses.dataclass
+class Made:
+    """A quantized copy, as plain Linears that hold what its codes stand for."""
+
+    model: nn.Module
+    bits: float
+    layers: int
+    error: QuantizationError
+
+
+def quantized(subject: Subject, scheme: Scheme, method: str) -> Made:
+    """A copy of the subject's model, quantized.
+
+    Linears hold the dequantized weights: what QuantLinear multiplies by on a CPU, without unpacking for each window.
+    """
+    model = copy.deepcopy(subject.model)
+    if method in peers.PEERS:
+        return _by_peer(model, scheme, method)
+    options = dict(OURS[method].options)
+    if OURS[method].on_text:
+        options["calibration"] = subject.calibration
+    report = quantize_model(model, scheme, progress=False, **options)
+    where = places(model)
+    for module in [m for m in model.modules() if isinstance(m, QuantLinear)]:
+        weight = module.qweight.dequantize(torch.float32)
+        linear = nn.Linear(module.in_features, module.out_features, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_parameter("bias", module.bias)
+        for parent, name in where[module]:
+            setattr(parent, name, linear)
+    return Made(model, report.bits_per_weight, len(report.layers), report.error)
+
+
+def _by_peer(model: nn.Module, scheme: Scheme, peer: str) -> Made:
+    bits, weights, layers, error = 0.0, 0, 0, QuantizationError(0.0, 0.0, 0.0)
+    for linear in _linears(model):
+        original = linear.weight.detach()
+        found, taken = peers.quantized(peer, original, scheme)
+        error += QuantizationError.between(original, found)
+        linear.weight = nn.Parameter(found, requires_grad=False)
+        bits, weights, layers = bits + taken, weights + original.numel(), layers + 1
+    return Made(model, bits / weights, layers, error)
+
+
+def _linears(model: nn.Module) -> Iterator[nn.Linear]:
+    """Those that quantize_model takes by default."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
+            yield module
+
+
+def refusal(subject: Subject, scheme: Scheme, method: str) -> str | None:
+    """Why a method does not take part, or None."""
+    if method not in peers.PEERS:
+        return None
+    reasons = (peers.refusal(method, scheme, linear.in_features) for linear in _linears(subject.model))
+    return next((reason for reason in reasons if reason), None)
+
+
+def measure(subject: Subject, scheme: Scheme, method: str, memory: Callable[[], int | None]) -> harness.Record:
+    """Quantize a copy, and score it."""
+    if reason := refusal(subject, scheme, method):
+        return {"skipped": reason}
+    memory()
+    start = time.perf_counter()
+    made = quantized(subject, scheme, method)
+    seconds = time.perf_counter() - start
+    peak = memory()
+    return {
+        "seconds": round(seconds, 1), "peak_bytes": peak, "layers": made.layers, "bits_per_weight": made.bits,
+        "snr_db": min(made.error.snr_db, 999.0), **subject.score(made.model),
+    }  # fmt: skip
+
+
+def peak_memory() -> int | None:
+    """Most bytes of memory this process has held since the last call; None where the system does not say."""
+    status, reset = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        reset.write_text("5")
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def machine() -> harness.Record:
+    """What it ran on, and with what."""
+    return {
+        **harness.machine(),
+        "threads": torch.get_num_threads(),
+        **{name: harness.version(name) for name in peers.PACKAGES},
+    }
+
+
+def run(
+    path: pathlib.Path, found: Sequence[Subject], schemes: Sequence[str], methods: Sequence[str], again: bool = False
+) -> harness.Record:
+    """Measure what is missing in the file, scheme by scheme, and write it after each; returns the record.
+
+    Raises:
+        ValueError: the file holds scores over other windows or sentences, which do not compare.
+    """
+    record = json.loads(path.read_text()) if path.exists() else harness.header("accuracy", "all", machine(), None)
+    record.setdefault("models", {})
+    entries: list[harness.Record] = record.setdefault("entries", [])
+    for subject in found:
+        known = record["models"].get(subject.name)
+        if known is not None and known["about"] != subject.about:
+            raise ValueError(
+                f"{path} holds {subject.name} over {known['about']}, not {subject.about}: name another file"
+            )
+        if known is None:
+            scores = subject.score(subject.model)
+            weights = sum(linear.weight.numel() for linear in _linears(subject.model))
+            record["models"][subject.name] = {"about": subject.about, "weights": weights, **scores}
+    for scheme in schemes:
+        for subject in found:
+            for method in methods:
+                key = {"model": subject.name, "scheme": scheme, "method": method}
+                old = next((e for e in entries if key.items() <= e.items()), None)
+                if old is not None and not again:
+                    continue
+                entry = {**key, **measure(subject, Scheme.parse(scheme), method, peak_memory)}
+                entry |= {"date": harness.today(), "commit": harness.commit()}
+                if old is not None:
+                    entries.remove(old)
+                entries.append(entry)
+                record |= {"date": harness.today(), "machine": machine()}
+                harness.write(path, record)
+                print(line(subject, entry), flush=True)
+    return record
+
+
+def line(subject: Subject, entry: harness.Record) -> str:
+    """One entry for a terminal."""
+    start = f"{entry['model']} {entry['scheme']} {entry['method']}: "
+    if "skipped" in entry:
+        return start + entry["skipped"]
+    figures = (f"{heading} {entry[key]:.4g}" for key, heading in subject.metrics.items())
+    return f"{start}{', '.join(figures)}; {entry['bits_per_weight']:.2f} bits, {entry['seconds']} s"
+
+
+def table(record: harness.Record, model: str) -> str:
+    """All entries of a model, for a terminal."""
+    metrics = SUBJECTS[model].metrics
+    rows = [
+        (
+            entry["scheme"], entry["method"], f"{entry['bits_per_weight']:.2f}", f"{entry['snr_db']:.1f}",
+            *(with_error(entry, key) for key in metrics), f"{entry['seconds']:.0f}",
+            tables.size(entry["peak_bytes"] or 0),
+        )
+        for entry in record["entries"]
+        if entry["model"] == model and "skipped" not in entry
+    ]  # fmt: skip
+    columns = ("scheme", "method", "bits/weight", "SNR dB", *metrics.values(), "seconds", "peak memory")
+    return tables.text(f"{model}: {record['models'][model]['about']}", columns, rows, text_columns=2)
+
+
+def with_error(entry: harness.Record, key: str) -> str:
+    """A score and its standard error, to as many digits as that warrants."""
+    value, error = entry[key], entry.get(f"{key}_error")
+    if not error or error != error:
+        return f"{value:.3f}"
+    digits = max(0, min(5, 1 - int(f"{error:e}".partition("e")[2])))
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if value < 1e5 else f"{value:.2g}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write the result file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), metavar="NAME")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--windows", type=int, default=40, help="of the language model's text")
+    parser.add_argument("--sentences", type=int, default=600, help="of the encoder's text")
+    parser.add_argument("--again", action="store_true", help="measure also what the file holds")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULT, help="the result file")
+    options = parser.parse_args(arguments)
+    try:
+        schemes = [str(Scheme.parse(scheme)) for scheme in options.schemes]
+    except ValueError as error:
+        parser.error(str(error))
+    counts = {LanguageModel.name: options.windows, Encoder.name: options.sentences}
+    found = [SUBJECTS[name](counts[name]) for name in options.models]
+    try:
+        record = run(options.out, found, schemes, options.methods, options.again)
+    except ValueError as error:
+        parser.error(str(error))
+    for subject in found:
+        print(table(record, subject.name))
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
