@@ -149,14 +149,14 @@ def test_weights_make_up_for_other_inputs() -> None:
     """The best weight on inputs that are off is that of ridge regression; on equal inputs nothing moves, exactly."""
     x, w = _inputs(500, 48), torch.randn(5, 48)
     off = x + 0.2 * torch.randn_like(x)
-    moments = _Moments.zeros(48, x.device)
+    moments = _Moments.zeros(48, x.device, crossed=True)
     moments.add(off, x)
     ridge = 0.01 * moments.hessian.diagonal().mean() * torch.eye(48)
     gram = (off.T @ off + ridge).double()
     wanted = torch.linalg.solve(gram, (off.T @ x + ridge).double() @ w.T.double()).T
     torch.testing.assert_close(_made_up(w, moments, 1.0).double(), wanted, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(_made_up(w, moments, 0.5).double(), (wanted + w) / 2, rtol=1e-3, atol=1e-4)
-    same = _Moments.zeros(48, x.device)
+    same = _Moments.zeros(48, x.device, crossed=True)
     same.add(x, x)
     assert torch.equal(_made_up(w, same, 1.0), w)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -37,18 +38,24 @@ from qkernels.tensor import QTensor
 
 @dataclasses.dataclass
 class _Moments:
-    """Sums over tokens for Linears that share an input: X~^T X~ and X~^T X."""
+    """Sums over tokens for Linears that share an input: X~^T X~ and, if the mismatch matters, X~^T X."""
 
     hessian: Tensor
-    cross: Tensor
+    cross: Tensor | None
 
     @staticmethod
-    def zeros(features: int, device: torch.device) -> _Moments:
-        return _Moments(*(torch.zeros(features, features, device=device) for _ in range(2)))
+    def zeros(features: int, device: torch.device, crossed: bool) -> _Moments:
+        hessian = torch.zeros(features, features, device=device)
+        return _Moments(hessian, torch.zeros_like(hessian) if crossed else None)
 
     def add(self, quantized: Tensor, original: Tensor) -> None:
         self.hessian.addmm_(quantized.T, quantized)
-        self.cross.addmm_(quantized.T, original)
+        if self.cross is not None:
+            self.cross.addmm_(quantized.T, original)
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(m).all()) for m in (self.hessian, self.cross) if m is not None)
 
 
 @torch.no_grad()
@@ -150,7 +157,7 @@ def _step(
 ) -> None:
     """Quantize the Linears that share one input."""
     first: Any = inside[step[0]]
-    moments = _Moments.zeros(first.in_features, first.weight.device)
+    moments = _Moments.zeros(first.in_features, first.weight.device, crossed=mismatch != 0)
     for call, hidden, found in zip(block.calls, quantized, inputs, strict=True):
         if step[0] in found:
             for x in input_until(twin, twins[step[0]], call, hidden):
@@ -158,35 +165,46 @@ def _step(
                     moments.add(x, found[step[0]])
                 else:  # routed elsewhere by the quantized layers before: no pairs
                     moments.add(found[step[0]], found[step[0]])
-    for path in step:
-        name = named[inside[path]]
-        linear, scheme = plan[name]
-        if not (torch.isfinite(moments.hessian).all() and torch.isfinite(moments.cross).all()):
-            raise CalibrationError(f"{name}: its inputs are not finite on the calibration batches")
-        weight = _made_up(linear.weight.detach(), moments, mismatch)
+    if not moments.finite:
+        raise CalibrationError(f"{named[inside[step[0]]]}: its inputs are not finite on the calibration batches")
+    for paths in _alike(step, [plan[named[inside[path]]][1] for path in step]):
+        linears = [plan[named[inside[path]]][0] for path in paths]
+        scheme = plan[named[inside[paths[0]]]][1]
+        weight = torch.cat([linear.weight.detach().float() for linear in linears])
         try:
-            code, scale, zero = gptq(weight, moments.hessian, scheme)
+            code, scale, zero = gptq(_made_up(weight, moments, mismatch), moments.hessian, scheme)
         except SingularHessianError as error:
-            raise SingularHessianError(f"{name}: {error}") from None
+            raise SingularHessianError(f"{', '.join(named[inside[path]] for path in paths)}: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from None
-        done[name] = _qtensor(code, scale, zero, scheme), "gptq"
-        target: Any = twins[path]
-        target.weight.data = reference.decode(code, scale, zero, scheme).to(linear.weight.dtype)
+            raise ValueError(f"{', '.join(named[inside[path]] for path in paths)}: weight: {error}") from None
+        ends = itertools.accumulate(linear.out_features for linear in linears)
+        for path, linear, end in zip(paths, linears, ends, strict=True):
+            rows = slice(end - linear.out_features, end)
+            own = code[rows], scale[:, rows].contiguous(), None if zero is None else zero[:, rows].contiguous()
+            done[named[inside[path]]] = _qtensor(*own, scheme), "gptq"
+            target: Any = twins[path]
+            target.weight.data = reference.decode(*own, scheme).to(linear.weight.dtype)
+
+
+def _alike(step: list[str], schemes: list[Scheme]) -> list[list[str]]:
+    """Linears that one GPTQ serves, rows beside rows: of one scheme, unless that has one scale for the tensor."""
+    found: dict[Any, list[str]] = {}
+    for path, scheme in zip(step, schemes, strict=True):
+        found.setdefault((scheme, path if scheme.group_size == "tensor" else ""), []).append(path)
+    return list(found.values())
 
 
 def _made_up(weight: Tensor, moments: _Moments, mismatch: float) -> Tensor:
-    """The weight (N, K) that makes up for the error of the inputs: W + mismatch (W* - W)."""
-    w = weight.float()
+    """The weight (N, K) float32 that makes up for the error of the inputs: W + mismatch (W* - W)."""
     mean = moments.hessian.diagonal().mean()
-    if not mismatch or mean <= 0:
-        return w
-    ridge = DAMPING * mean * torch.eye(w.shape[1], device=w.device)
+    if moments.cross is None or mean <= 0:
+        return weight
+    ridge = DAMPING * mean * torch.eye(weight.shape[1], device=weight.device)
     # W* - W = (X~^T X~ + l I)^-1 (X~^T X - X~^T X~) W: where the inputs agree, exactly nothing.
     factor, failed = torch.linalg.cholesky_ex(moments.hessian + ridge)
     if failed:
         raise SingularHessianError("the second moments of the inputs are singular; more batches help")
-    return w + mismatch * torch.cholesky_solve((moments.cross - moments.hessian) @ w.T, factor).T
+    return weight + mismatch * torch.cholesky_solve((moments.cross - moments.hessian) @ weight.T, factor).T
 
 
 def _qtensor(code: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> QTensor:
