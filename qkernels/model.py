@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qkernels import fit, reference, tables
 from qkernels.calibrate.blocks import calibrate
+from qkernels.calibrate.distill import distill as distilled
 from qkernels.calibrate.probe import importances, random_batches
 from qkernels.calibrate.walk import Batch
 from qkernels.checks import DTYPES
@@ -136,6 +137,7 @@ def quantize_model(
     *,
     method: str | None = None,
     calibration: Iterable[Batch] | Literal["random"] | None = None,
+    distill: int = 0,
     resume: str | os.PathLike[str] | None = None,
     skip: Sequence[str] = DEFAULT_SKIP,
     schemes: Mapping[str, str | Scheme | None] | None = None,
@@ -157,6 +159,9 @@ def quantize_model(
             ones), or "random": tokens drawn at random, for a model that reads tokens alone. "gptq" needs one of them.
             To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; for them
             "random" is the default where it is possible.
+        distill: how many times to go through the calibration batches once codes are chosen, with the model as the
+            teacher, to set the scales of all layers together so that its output comes out as before. Takes a backward
+            pass of the whole model for each batch, and a second set of weights.
         resume: a folder, for "gptq", where each finished block is kept; the same call, after it was cut off, goes on
             from there. It is yours to remove.
         skip: patterns (as of fnmatch) of module names to leave alone.
@@ -179,14 +184,14 @@ def quantize_model(
     QuantLinear(in_features=128, out_features=10, bias=True, scheme='w8c')
     """
     start = time.perf_counter()
-    check_method(method, calibration, resume)
+    check_method(method, calibration, resume, distill)
     plan, skipped = _plan(model, as_scheme(scheme), skip, schemes or {})
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
     for name, (linear, chosen) in plan.items():
         _check_quantizable(name, linear, chosen)
     where = places(model)
     layers = []
-    for name, qweight, used in _quantized(model, plan, method, calibration, resume, progress):
+    for name, qweight, used in _quantized(model, plan, method, calibration, distill, resume, progress):
         linear, chosen = plan.pop(name)
         weight = linear.weight.detach()
         layers.append(
@@ -207,7 +212,10 @@ def quantize_model(
 
 
 def check_method(
-    method: str | None, calibration: Iterable[Batch] | str | None, resume: str | os.PathLike[str] | None = None
+    method: str | None,
+    calibration: Iterable[Batch] | str | None,
+    resume: str | os.PathLike[str] | None = None,
+    distill: int = 0,
 ) -> None:
     """Raise ValueError unless a method is known and has the calibration that it needs."""
     if method is not None and method not in METHODS:
@@ -220,7 +228,11 @@ def check_method(
         )
     if method != "gptq" and resume is not None:
         raise ValueError(f"resume is for method 'gptq', which takes long; got method={method!r}")
-    if method == "rtn" and calibration is not None:
+    if distill < 0:
+        raise ValueError(f"distill must be a number of epochs, 0 or more, got {distill}")
+    if distill and calibration is None:
+        raise ValueError("distill needs calibration: batches to call the model with, or 'random' for random tokens")
+    if method == "rtn" and calibration is not None and not distill:
         raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
 
 
@@ -229,27 +241,48 @@ def _quantized(
     plan: Mapping[str, tuple[nn.Linear, Scheme]],
     method: str | None,
     calibration: Iterable[Batch] | str | None,
+    distill: int,
     resume: str | os.PathLike[str] | None,
     progress: bool,
 ) -> Iterator[tuple[str, QTensor, str]]:
     """(name, weight, method) of each layer of the plan; all that may fail on a batch has run before the first comes."""
-    from tqdm import tqdm
-
-    batches: Iterable[Batch] | None
+    batches: Iterable[Batch] | None = None
     if calibration == "random" or (calibration is None and method != "rtn"):
         batches = random_batches(model)
         if batches is None and calibration is not None:
             raise ValueError(f"calibration 'random' needs a model that reads tokens alone, got {type(model).__name__}")
-    else:
+    elif calibration is not None:
         assert not isinstance(calibration, str)
-        batches = calibration
+        once = not isinstance(calibration, (Tensor, Sequence, Mapping))
+        batches = list(calibration) if distill and once else calibration  # distilling comes back to them
     if method == "gptq":
         assert batches is not None
         done = calibrate(model, plan, batches, folder=resume, progress=progress)
-        yield from ((name, *done.pop(name)) for name in list(plan))
+        found = iter([(name, *done.pop(name)) for name in plan])
+    else:
+        found = _each(model, plan, method, batches, progress)
+    if not distill:
+        yield from found
         return
+    assert batches is not None
+    chosen = {name: (weight, used) for name, weight, used in found}
+    weights = {name: (plan[name][0], weight) for name, (weight, _) in chosen.items()}
+    for name, weight in distilled(model, weights, batches, epochs=distill, progress=progress).items():
+        yield name, weight, f"{chosen[name][1]}, distilled"
+
+
+def _each(
+    model: nn.Module,
+    plan: Mapping[str, tuple[nn.Linear, Scheme]],
+    method: str | None,
+    batches: Iterable[Batch] | None,
+    progress: bool,
+) -> Iterator[tuple[str, QTensor, str]]:
+    """One layer after the other, by a method that looks at each by itself."""
+    from tqdm import tqdm
+
     known: Mapping[str, Tensor] = {}
-    if batches is not None:
+    if batches is not None and method != "rtn":
         known = importances(model, {name: linear for name, (linear, _) in plan.items()}, batches)
     for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
         linear, scheme = plan[name]
