@@ -151,7 +151,7 @@ def distill(
                     optimizer.zero_grad()
                     loss.backward()
                 optimizer.step()
-                bar.set_postfix(loss=f"{float(loss):.4f}")
+                bar.set_postfix(loss=f"{loss.item():.4f}")
                 bar.update()
             stored = {name: layer.stored() for name, layer in layers.items()}
             after = _mean_loss(model, calls, {place: stored[name] for place, name in places.items()})
