@@ -18,6 +18,7 @@ from qkernels.calibrate.walk import Batch
 from qkernels.checks import DTYPES
 from qkernels.merge import SIBLINGS, Merged, check_groups, merge_siblings
 from qkernels.nn import QuantLinear, places, put
+from qkernels.planning.result import Plan
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.tensor import QTensor, QuantizationError, quantize
 
@@ -132,7 +133,7 @@ def _together(names: Sequence[str]) -> str:
 
 def quantize_model(
     model: nn.Module,
-    scheme: str | Scheme,
+    scheme: str | Scheme | Plan,
     *,
     method: str | None = None,
     calibration: Iterable[Batch] | Literal["random"] | None = None,
@@ -149,7 +150,8 @@ def quantize_model(
 
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
-        scheme: such as "w4g128", for layers that no pattern names.
+        scheme: such as "w4g128", for layers that no pattern names; or a Plan, which leaves layers that it does not name
+            alone.
         method: how codes are chosen. "rtn" rounds to nearest; "search" tries ranges and zeros for each group, "hqq"
             moves its zeros; "gptq" works block by block, each layer making up for the errors before it. By default
             "search" where the size of the inputs is known; else "rtn" down to 4 bits, and "search" below.
@@ -161,7 +163,7 @@ def quantize_model(
             from there. It is yours to remove.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
-            beats the default of `skip`, but not a `skip` of yours.
+            beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.
         merge: whether siblings that read one input are multiplied in one launch, with the same weights: q_proj, k_proj
             and v_proj of one parent, and gate_proj and up_proj; or the names of siblings, such as [("w1", "w3")]. Those
             that cannot be merged (one scale per tensor, different schemes) stay apart; the report says why.
@@ -180,10 +182,14 @@ def quantize_model(
     """
     start = time.perf_counter()
     check_method(method, calibration, resume)
-    plan, skipped = _plan(model, as_scheme(scheme), skip, schemes or {})
+    if isinstance(scheme, Plan):
+        plan, skipped = select(model, None, skip, (schemes or {}) | {n: s for n, s in scheme.schemes.items() if n not in (schemes or {})})
+        scheme.check({name: (linear.out_features, linear.in_features) for name, (linear, _) in plan.items()})
+    else:
+        plan, skipped = select(model, as_scheme(scheme), skip, schemes or {})
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
     for name, (linear, chosen) in plan.items():
-        _check_quantizable(name, linear, chosen)
+        check_quantizable(name, linear, chosen)
     where = places(model)
     layers = []
     for name, qweight, used in _quantized(model, plan, method, calibration, resume, progress):
@@ -235,14 +241,7 @@ def _quantized(
     """(name, weight, method) of each layer of the plan; all that may fail on a batch has run before the first comes."""
     from tqdm import tqdm
 
-    batches: Iterable[Batch] | None
-    if calibration == "random" or (calibration is None and method != "rtn"):
-        batches = random_batches(model)
-        if batches is None and calibration is not None:
-            raise ValueError(f"calibration 'random' needs a model that reads tokens alone, got {type(model).__name__}")
-    else:
-        assert not isinstance(calibration, str)
-        batches = calibration
+    batches = None if method == "rtn" else batches_of(model, calibration)
     if method == "gptq":
         assert batches is not None
         done = calibrate(model, plan, batches, folder=resume, progress=progress)
@@ -253,12 +252,22 @@ def _quantized(
         known = importances(model, {name: linear for name, (linear, _) in plan.items()}, batches)
     for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
         linear, scheme = plan[name]
-        used, note = _method_for(method, scheme, name in known)
+        used, note = method_for(method, scheme, name in known)
         yield name, quantize(linear.weight.detach(), scheme, method=used, importance=known.get(name)), used + note
         del linear
 
 
-def _method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str, str]:
+def batches_of(model: nn.Module, calibration: Iterable[Batch] | str | None) -> Iterable[Batch] | None:
+    """The batches that `calibration` means: random ones by default, or None where the model reads more than tokens."""
+    if calibration is not None and not isinstance(calibration, str):
+        return calibration
+    batches = random_batches(model)
+    if batches is None and calibration is not None:
+        raise ValueError(f"calibration 'random' needs a model that reads tokens alone, got {type(model).__name__}")
+    return batches
+
+
+def method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str, str]:
     """(method, what to add to its name in the report) for one layer."""
     blind = "" if weighted else " (inputs unknown)"
     if method is None:
@@ -266,8 +275,8 @@ def _method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str
     return method, "" if method == "rtn" else blind
 
 
-def _plan(
-    model: nn.Module, default: Scheme, skip: Sequence[str], schemes: Mapping[str, str | Scheme | None]
+def select(
+    model: nn.Module, default: Scheme | None, skip: Sequence[str], schemes: Mapping[str, str | Scheme | None]
 ) -> tuple[dict[str, tuple[nn.Linear, Scheme]], list[str]]:
     """({name: (layer, scheme)}, names left alone)."""
     if isinstance(skip, str):
@@ -303,7 +312,8 @@ def _fits(pattern: str, names: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
+def check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
+    """Raise ValueError or TypeError, naming the layer, unless it can be replaced by a quantized one."""
     weight = linear.weight.detach()
     if weight.dtype not in DTYPES:
         raise TypeError(f"{name}.weight must be float16, bfloat16 or float32, got {weight.dtype}")

@@ -1,0 +1,238 @@
+"""`qkernels.plan`: more bits where errors cost more, fewer elsewhere, within so many bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.calibrate.probe import importances, random_batches, written_batches
+from qkernels.calibrate.walk import Batch
+from qkernels.merge import SIBLINGS, check_groups
+from qkernels.model import DEFAULT_SKIP, batches_of, check_method, check_quantizable, method_for, select
+from qkernels.planning import fisher, knapsack
+from qkernels.planning.result import Plan, PlannedLayer, Uniform
+from qkernels.scheme import Scheme, as_scheme
+from qkernels.tensor import quantize, stored_bytes
+
+CANDIDATES = ("w2g64", "w3g64", "w4g64", "w5g64", "w6g64", "w8g128")
+_SHORT = 32  # tokens of a sequence of random ones: in long ones, unlike in text, attention blurs what single tokens do
+
+
+@dataclasses.dataclass
+class _Measured:
+    """What each candidate does to one layer: cost (None where it is not known), and the weight's relative error."""
+
+    costs: list[float] | None
+    errors: list[float]
+    measure: str
+
+
+def plan(
+    model: nn.Module,
+    *,
+    target_bits: float | None = None,
+    target_bytes: int | None = None,
+    calibration: Iterable[Batch] | Literal["random"] | None = None,
+    candidates: Sequence[str | Scheme] = CANDIDATES,
+    skip: Sequence[str] = DEFAULT_SKIP,
+    siblings: Sequence[Sequence[str]] = SIBLINGS,
+    progress: bool = True,
+) -> Plan:
+    """Choose a scheme for each nn.Linear, so that all take at most so many bytes and the model predicts best.
+
+    The model is run forward and backward, on batches and with labels drawn from its own predictions; it is the same
+    afterwards. What the codes of each candidate would lose in each layer, by the method that quantize_model takes by
+    default, is weighed along these gradients: to second order, that is the KL divergence which this error costs (or,
+    for models without logits, the squared error of the output). `quantize_model(model, plan)` carries the plan out,
+    with the same `calibration` if you gave one.
+
+    Memory: the model, one batch's activations, up to 2 GiB (or what one batch brings, if that is more) of inputs and
+    gradients, and two float32 copies of the largest weight. Time: a search of codes for each candidate, as
+    quantize_model does one, and a few forwards and backwards.
+
+    Args:
+        model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
+        target_bits: the most bits per weight, on average over the Linears that are planned: codes, scales, zeros and
+            padding. Or else:
+        target_bytes: the most bytes for them.
+        calibration: batches, as quantize_model takes them; many short sequences tell more than few long ones. Or
+            "random": tokens drawn at random. By default text that the model writes itself, if it is one of
+            transformers' that can generate, else random tokens, if it reads tokens alone; else costs are the errors of
+            weights, relative to the weights, which the plan's `measure` then says.
+        candidates: schemes to choose from.
+        skip: patterns (as of fnmatch) of module names to leave alone.
+        siblings: names of layers of one parent that get one scheme, as merging asks for; () plans each by itself.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError, TypeError: not exactly one target, or one that the smallest candidate exceeds; no candidates, or
+            one that is no scheme; a model that quantize_model would not take; batches that are empty or that the model
+            fails on; outputs, inputs or gradients that are not finite. Layers and batches are named.
+    """
+    schemes = _candidates(candidates)
+    linears = {name: linear for name, (linear, _) in select(model, schemes[0], skip, {})[0].items()}
+    for name, linear in linears.items():
+        check_quantizable(name, linear, schemes[0])
+    groups = _groups(linears, list(check_groups(siblings)))
+    sizes = {name: [stored_bytes(s, *_shape(linear)) for s in schemes] for name, linear in linears.items()}
+    budget = _budget(target_bits, target_bytes, linears, schemes, groups, sizes)
+    check_method(None, calibration)
+    if calibration is not None and not isinstance(calibration, str):
+        calibration = list(calibration)
+    measured = dict(_measure(model, linears, schemes, calibration, progress))
+    costs, measure = _costs(measured)
+    options = [
+        [knapsack.Option(sum(sizes[n][i] for n in names), sum(costs[n][i] for n in names)) for i in range(len(schemes))]
+        for names in groups
+    ]
+    taken = knapsack.choose(options, budget)
+    uniform = [
+        Uniform(scheme, sum(o[i].nbytes for o in options), sum(o[i].cost for o in options))
+        for i, scheme in enumerate(schemes)
+    ]
+    found = sum(o[i].cost for o, i in zip(options, taken, strict=True))
+    for i, alike in enumerate(uniform):  # the knapsack's choice is nearly the best, not always
+        if alike.nbytes <= budget and alike.cost < found:
+            found, taken = alike.cost, [i] * len(groups)
+    chosen = {name: i for names, i in zip(groups, taken, strict=True) for name in names}
+    return Plan(
+        layers=tuple(
+            PlannedLayer(
+                name, schemes[chosen[name]], _shape(linear), sizes[name][chosen[name]], costs[name][chosen[name]],
+                _sensitivity(costs[name], measured[name].errors),
+            )
+            for name, linear in linears.items()
+        ),
+        target_bytes=budget,
+        measure=measure,
+        uniform=tuple(sorted(uniform, key=lambda u: u.nbytes)),
+    )  # fmt: skip
+
+
+def _shape(linear: nn.Linear) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
+
+
+def _candidates(given: Sequence[str | Scheme]) -> list[Scheme]:
+    if isinstance(given, (str, Scheme)):
+        raise TypeError(f"candidates must be a sequence of schemes, got {given!r}; write candidates=[{str(given)!r}]")
+    schemes = list(dict.fromkeys(as_scheme(scheme) for scheme in given))
+    if not schemes:
+        raise ValueError("candidates must hold at least one scheme, got none")
+    return schemes
+
+
+def _groups(linears: Mapping[str, nn.Linear], siblings: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Names of layers that get one scheme.
+
+    Siblings of different schemes cannot be multiplied in one launch, which costs more time for each token than their
+    different needs save in bits: they read one input, so their needs differ little.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition(".")
+        family = next((i for i, names in enumerate(siblings) if child in names), None)
+        key = (name,) if family is None else (parent, family, linear.in_features)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _budget(
+    target_bits: float | None,
+    target_bytes: int | None,
+    linears: Mapping[str, nn.Linear],
+    schemes: Sequence[Scheme],
+    groups: Sequence[Sequence[str]],
+    sizes: Mapping[str, Sequence[int]],
+) -> int:
+    """Bytes that the plan may take."""
+    if (target_bits is None) == (target_bytes is None):
+        raise ValueError(f"give either target_bits or target_bytes, got {target_bits!r} and {target_bytes!r}")
+    weights = sum(math.prod(_shape(linear)) for linear in linears.values())
+    what, given = ("target_bits", target_bits) if target_bytes is None else ("target_bytes", target_bytes)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
+        raise ValueError(f"{what} must be a positive number, got {given!r}")
+    budget = math.floor(given * weights / 8 if what == "target_bits" else given)
+    least = sum(min(sum(sizes[name][i] for name in names) for i in range(len(schemes))) for names in groups)
+    if budget < least:
+        raise ValueError(
+            f"{what} {given} is too small: with candidates {', '.join(map(str, schemes))} these {len(linears)} layers "
+            f"take at least {least} bytes, {math.ceil(8e4 * least / weights) / 1e4:.4f} bits per weight"
+        )
+    return budget
+
+
+def _measure(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    schemes: Sequence[Scheme],
+    calibration: list[Batch] | str | None,
+    progress: bool,
+) -> Iterator[tuple[str, _Measured]]:
+    """(name, what the candidates do) for each layer."""
+    from tqdm import tqdm
+
+    used = batches_of(model, calibration)
+    known = {} if used is None else importances(model, linears, used)
+    traces: Iterable[tuple[str, fisher.Trace | None]] = ((name, None) for name in linears)
+    batches = _telling_batches(model, calibration)
+    if batches is not None:
+        traces = fisher.traces(model, linears, batches)
+    for name, trace in tqdm(traces, desc="planning", unit="layer", total=len(linears), disable=not progress):
+        yield name, _try(name, linears[name], schemes, known.get(name), trace)
+
+
+def _telling_batches(model: nn.Module, calibration: list[Batch] | str | None) -> Iterable[Batch] | None:
+    """Batches for gradients: short sequences where there is a choice."""
+    if calibration is not None and not isinstance(calibration, str):
+        return calibration
+    if calibration is None and (written := written_batches(model)) is not None:
+        return written
+    random = random_batches(model)
+    if random is None or random[0].shape[1] % _SHORT:
+        return random
+    return list(torch.cat(random).reshape(-1, _SHORT).split(len(random)))
+
+
+@torch.no_grad()
+def _try(
+    name: str, linear: nn.Linear, schemes: Sequence[Scheme], importance: Tensor | None, trace: fisher.Trace | None
+) -> _Measured:
+    """One layer under every candidate, its codes chosen as quantize_model would by default."""
+    weight = linear.weight.detach()
+    original = weight.float()
+    energy = original.square().sum(dtype=torch.float64).item()
+    reached = trace is not None and trace.reached
+    costs, errors = [], []
+    for scheme in schemes:
+        method, _ = method_for(None, scheme, importance is not None)
+        try:
+            change = quantize(weight, scheme, method=method, importance=importance).dequantize().sub_(original)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+        noise = change.square().sum(dtype=torch.float64).item()
+        errors.append(noise / energy if energy else 0.0)
+        costs.append(trace.cost(change) if trace is not None and reached else 0.0)
+    return _Measured(
+        costs if reached else None, errors, trace.kind if trace is not None and reached else "weight error"
+    )
+
+
+def _costs(measured: Mapping[str, _Measured]) -> tuple[dict[str, list[float]], str]:
+    """({name: the cost of each candidate}, what costs are). Layers that no gradient reaches count as a typical one."""
+    known = {name: m.costs for name, m in measured.items() if m.costs is not None}
+    if not known:
+        return {name: m.errors for name, m in measured.items()}, "weight error"
+    typical = statistics.median(_sensitivity(costs, measured[name].errors) for name, costs in known.items())
+    costs = {name: known.get(name) or [typical * error for error in m.errors] for name, m in measured.items()}
+    return costs, next(measured[name].measure for name in known)
+
+
+def _sensitivity(costs: Sequence[float], errors: Sequence[float]) -> float:
+    return sum(costs) / sum(errors) if sum(errors) else 0.0
