@@ -182,11 +182,13 @@ def quantize_model(
     """
     start = time.perf_counter()
     check_method(method, calibration, resume)
+    patterns = dict(schemes or {})
     if isinstance(scheme, Plan):
-        plan, skipped = select(model, None, skip, (schemes or {}) | {n: s for n, s in scheme.schemes.items() if n not in (schemes or {})})
+        for pattern, planned in scheme.schemes.items():
+            patterns.setdefault(pattern, planned)
+    plan, skipped = select(model, None if isinstance(scheme, Plan) else as_scheme(scheme), skip, patterns)
+    if isinstance(scheme, Plan):
         scheme.check({name: (linear.out_features, linear.in_features) for name, (linear, _) in plan.items()})
-    else:
-        plan, skipped = select(model, as_scheme(scheme), skip, schemes or {})
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
     for name, (linear, chosen) in plan.items():
         check_quantizable(name, linear, chosen)

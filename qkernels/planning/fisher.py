@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Batch, Call, CalibrationError, as_calls, evaluating, run_batch
+from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, run_batch
 from qkernels.quality import field, floating_output
 
 # A mean of squares of so many scores is within a fifth of its expectation two times out of three.

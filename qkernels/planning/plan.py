@@ -83,8 +83,8 @@ def plan(
     sizes = {name: [stored_bytes(s, *_shape(linear)) for s in schemes] for name, linear in linears.items()}
     budget = _budget(target_bits, target_bytes, linears, schemes, groups, sizes)
     check_method(None, calibration)
-    if calibration is not None and not isinstance(calibration, str):
-        calibration = list(calibration)
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)  # it is gone through more than once
     measured = dict(_measure(model, linears, schemes, calibration, progress))
     costs, measure = _costs(measured)
     options = [
@@ -172,7 +172,7 @@ def _measure(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     schemes: Sequence[Scheme],
-    calibration: list[Batch] | str | None,
+    calibration: Iterable[Batch] | str | None,
     progress: bool,
 ) -> Iterator[tuple[str, _Measured]]:
     """(name, what the candidates do) for each layer."""
@@ -188,7 +188,7 @@ def _measure(
         yield name, _try(name, linears[name], schemes, known.get(name), trace)
 
 
-def _telling_batches(model: nn.Module, calibration: list[Batch] | str | None) -> Iterable[Batch] | None:
+def _telling_batches(model: nn.Module, calibration: Iterable[Batch] | str | None) -> Iterable[Batch] | None:
     """Batches for gradients: short sequences where there is a choice."""
     if calibration is not None and not isinstance(calibration, str):
         return calibration
