@@ -45,12 +45,13 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _instance(seed: int, groups: int, kinds: int) -> tuple[list[list[Option]], int]:
-    """Options as layers have them, with costs that may even rise with bytes; a budget between least and most."""
+    """Options as layers have them: a bit more is a quarter of the cost, more or less; a budget within their range."""
     rng = random.Random(seed)
-    options = [
-        [Option(rng.randint(1, 30), 10 ** rng.uniform(-3, 1)) for _ in range(rng.randint(1, kinds))]
-        for _ in range(groups)
-    ]
+    options = []
+    for _ in range(groups):
+        size, need = rng.randint(5, 40), 10 ** rng.uniform(-1, 1)
+        bits = [rng.randint(1, 8) for _ in range(rng.randint(2, kinds))]
+        options.append([Option(size * b, need * 4**-b * rng.uniform(0.3, 3)) for b in bits])
     least, most = (sum(pick(o.nbytes for o in group) for group in options) for pick in (min, max))
     return options, rng.randint(least, most)
 
@@ -73,7 +74,7 @@ def test_the_knapsack_against_all_choices() -> None:
         span = max(max(o.cost for o in group) - min(o.cost for o in group) for group in options)
         assert best <= cost <= best + span + 1e-12, seed
         exact += cost == pytest.approx(best)
-    assert exact >= 200  # measured: GAP
+    assert exact >= 250  # measured: 260
 
 
 def test_the_knapsack_is_nearly_optimal_where_there_are_many_groups() -> None:
@@ -86,13 +87,15 @@ def test_the_knapsack_is_nearly_optimal_where_there_are_many_groups() -> None:
             sum(min(o.cost + price * o.nbytes for o in group) for group in options) - price * budget for price in prices
         )
         assert nbytes <= budget
-        assert cost <= 1.01 * bound, seed
+        assert cost <= 1.002 * bound, seed  # measured: 1.0009
 
 
 def test_the_knapsack_takes_what_is_both_smaller_and_cheaper_and_refuses_the_impossible() -> None:
     options = [[Option(3, 1.0), Option(2, 0.5), Option(2, 0.25), Option(5, 0.25)]]
     assert knapsack.choose(options, 100) == [2]
     assert knapsack.choose([], 0) == []
+    off_the_hull = [[Option(1, 10.0), Option(5, 6.0), Option(10, 0.0)]]
+    assert [knapsack.choose(off_the_hull, budget) for budget in (4, 6, 10)] == [[0], [1], [2]]
     with pytest.raises(ValueError, match="smallest options take 2 bytes, more than 1"):
         knapsack.choose(options, 1)
 
@@ -113,7 +116,7 @@ def _kl(model: Any, name: str, change: Tensor, batches: list[Tensor]) -> float:
 
 
 def test_costs_are_the_divergence_of_small_errors(llama: Any) -> None:
-    """Measured ratios, cost over KL, are from LOW to HIGH with 512 sequences."""
+    """Measured ratios, cost over KL, are from 0.84 to 1.11 with 512 sequences."""
     generator = torch.Generator().manual_seed(3)
     batches = list(torch.randint(0, 257, (512, 12), generator=generator).split(64))
     ratios = {}
@@ -123,7 +126,6 @@ def test_costs_are_the_divergence_of_small_errors(llama: Any) -> None:
         ratios[name] = trace.cost(change) / _kl(llama, name, change, batches)
         assert trace.kind == "KL"
     assert len(ratios) == 14
-    print(ratios)
     assert all(0.75 < ratio < 1.33 for ratio in ratios.values()), ratios
 
 
@@ -137,11 +139,10 @@ def test_what_moves_all_tokens_alike_counts_coherently(llama: Any) -> None:
     mean = torch.cat([use.x for use in trace.uses]).mean(0)
     change = torch.randn(32, 1, generator=torch.Generator().manual_seed(0)) * mean / mean.norm() * 0.05
     truth = _kl(llama, name, change, batches)
-    assert 0.7 < trace.cost(change) / truth < 1.4
+    assert 0.6 < trace.cost(change) / truth < 1.5
     apart = copy.copy(trace)
     apart.uses = [dataclasses.replace(use, sequences=use.x.shape[0]) for use in trace.uses]
-    print(trace.cost(change) / truth, apart.cost(change) / truth)
-    assert apart.cost(change) < 0.6 * truth
+    assert apart.cost(change) < 0.5 * truth  # measured: 0.35, and 0.72 for the above
 
 
 def test_without_logits_costs_are_the_relative_square_error_of_the_output() -> None:

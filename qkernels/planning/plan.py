@@ -20,7 +20,8 @@ from qkernels.planning.result import Plan, PlannedLayer, Uniform
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.tensor import quantize, stored_bytes
 
-CANDIDATES = ("w2g64", "w3g64", "w4g64", "w5g64", "w6g64", "w8g128")
+# Needs of layers differ by less than whole bits: between them lie groups of other sizes, which cost no more for a bit.
+CANDIDATES = ("w2g64", "w3g128", "w3g64", "w4g128", "w4g64", "w5g128", "w6g128", "w8g128")
 _SHORT = 32  # tokens of a sequence of random ones: in long ones, unlike in text, attention blurs what single tokens do
 
 
@@ -67,13 +68,21 @@ def plan(
             weights, relative to the weights, which the plan's `measure` then says.
         candidates: schemes to choose from.
         skip: patterns (as of fnmatch) of module names to leave alone.
-        siblings: names of layers of one parent that get one scheme, as merging asks for; () plans each by itself.
+        siblings: names of layers of one parent that get one scheme, as merging asks for; () plans each by itself, which
+            is cheaper at the same bytes, above all where values need more bits than queries and keys do.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError, TypeError: not exactly one target, or one that the smallest candidate exceeds; no candidates, or
             one that is no scheme; a model that quantize_model would not take; batches that are empty or that the model
             fails on; outputs, inputs or gradients that are not finite. Layers and batches are named.
+
+    >>> import torch, qkernels
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    >>> plan = qkernels.plan(model, target_bits=4.5, calibration=[torch.randn(32, 64)], progress=False)
+    >>> report = qkernels.quantize_model(model, plan, progress=False)
+    >>> report.nbytes == plan.nbytes <= plan.target_bytes
+    True
     """
     schemes = _candidates(candidates)
     linears = {name: linear for name, (linear, _) in select(model, schemes[0], skip, {})[0].items()}
