@@ -165,8 +165,12 @@ def _too_many(found: Mapping[str, Trace], kept_bytes: int) -> list[str]:
     return []
 
 
-def _loss(output: Any, call: Call, batch: int, generator: torch.Generator, totals: _Totals) -> Tensor:
-    """A scalar whose gradient is that of labels drawn from the predictions, or of a random projection."""
+def predictions(output: Any, call: Call, batch: int) -> tuple[Tensor, bool]:
+    """(the output (rows, features) float32 without padding, whether they are logits).
+
+    Raises:
+        CalibrationError: there is no floating tensor in the output, or it is not finite.
+    """
     found = floating_output(output)
     if found is None:
         raise CalibrationError(
@@ -177,8 +181,14 @@ def _loss(output: Any, call: Call, batch: int, generator: torch.Generator, total
         raise CalibrationError(f"the model's output is not finite on calibration batch {batch}")
     mask = call.kwargs.get("attention_mask")
     y = y[mask.bool()] if isinstance(mask, Tensor) and mask.shape == y.shape[:-1] else y.reshape(-1, y.shape[-1])
+    return y, field(output, "logits") is not None and y.shape[-1] > 1
+
+
+def _loss(output: Any, call: Call, batch: int, generator: torch.Generator, totals: _Totals) -> Tensor:
+    """A scalar whose gradient is that of labels drawn from the predictions, or of a random projection."""
+    y, are_logits = predictions(output, call, batch)
     generator = generator if generator.device == y.device else torch.Generator(y.device).manual_seed(batch)
-    if field(output, "logits") is not None and y.shape[-1] > 1:
+    if are_logits:
         totals.kind = "KL"
         totals.unit += y.shape[0]
         log_probabilities = torch.log_softmax(y, dim=-1)

@@ -15,14 +15,16 @@ from qkernels.calibrate.probe import importances, random_batches, written_batche
 from qkernels.calibrate.walk import Batch
 from qkernels.merge import SIBLINGS, check_groups
 from qkernels.model import DEFAULT_SKIP, batches_of, check_method, check_quantizable, method_for, select
-from qkernels.planning import fisher, knapsack
+from qkernels.planning import fisher, knapsack, trial
 from qkernels.planning.result import Plan, PlannedLayer, Uniform
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.tensor import quantize, stored_bytes
+from qkernels.tensor import QTensor, quantize, stored_bytes
 
 # Needs of layers differ by less than whole bits: between them lie groups of other sizes, which cost no more for a bit.
 CANDIDATES = ("w2g64", "w3g128", "w3g64", "w4g128", "w4g64", "w5g128", "w6g128", "w8g128")
 _SHORT = 32  # tokens of a sequence of random ones: in long ones, unlike in text, attention blurs what single tokens do
+# Costs are raised by so many times the weight's relative square error, 0.02 at three bits and 0.1 at two.
+_DISTRUST = (0.0, 4.0, 16.0)
 
 
 @dataclasses.dataclass
@@ -43,6 +45,7 @@ def plan(
     candidates: Sequence[str | Scheme] = CANDIDATES,
     skip: Sequence[str] = DEFAULT_SKIP,
     siblings: Sequence[Sequence[str]] = SIBLINGS,
+    try_out: bool = True,
     progress: bool = True,
 ) -> Plan:
     """Choose a scheme for each nn.Linear, so that all take at most so many bytes and the model predicts best.
@@ -54,8 +57,9 @@ def plan(
     with the same `calibration` if you gave one.
 
     Memory: the model, one batch's activations, up to 2 GiB (or what one batch brings, if that is more) of inputs and
-    gradients, and two float32 copies of the largest weight. Time: a search of codes for each candidate, as
-    quantize_model does one, and a few forwards and backwards.
+    gradients, and two float32 copies of the largest weight; then the codes of the plans that are tried, seldom more
+    than two for a layer. Time: a search of codes for each candidate, as quantize_model does one, and for those that are
+    tried once more, and some ten forwards and backwards.
 
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
@@ -70,6 +74,9 @@ def plan(
         skip: patterns (as of fnmatch) of module names to leave alone.
         siblings: names of layers of one parent that get one scheme, as merging asks for; () plans each by itself, which
             is cheaper at the same bytes, above all where values need more bits than queries and keys do.
+        try_out: whether a few finished plans that trust large errors more or less, and the best single scheme, are
+            run on the batches, and the one that does best is returned. Where they are not, or cannot be, it is the one
+            of least cost.
         progress: whether to show a progress bar.
 
     Raises:
@@ -94,22 +101,25 @@ def plan(
     check_method(None, calibration)
     if isinstance(calibration, Iterator):
         calibration = list(calibration)  # it is gone through more than once
-    measured = dict(_measure(model, linears, schemes, calibration, progress))
+    used = batches_of(model, calibration)
+    known = {} if used is None else importances(model, linears, used)
+    batches = _telling_batches(model, calibration)
+    measured = dict(_measure(model, linears, schemes, known, batches, progress))
     costs, measure = _costs(measured)
     options = [
         [knapsack.Option(sum(sizes[n][i] for n in names), sum(costs[n][i] for n in names)) for i in range(len(schemes))]
         for names in groups
     ]
-    taken = knapsack.choose(options, budget)
     uniform = [
         Uniform(scheme, sum(o[i].nbytes for o in options), sum(o[i].cost for o in options))
         for i, scheme in enumerate(schemes)
     ]
-    found = sum(o[i].cost for o, i in zip(options, taken, strict=True))
-    for i, alike in enumerate(uniform):  # the knapsack's choice is nearly the best, not always
-        if alike.nbytes <= budget and alike.cost < found:
-            found, taken = alike.cost, [i] * len(groups)
-    chosen = {name: i for names, i in zip(groups, taken, strict=True) for name in names}
+    choices = _choices(groups, options, budget, costs, {name: m.errors for name, m in measured.items()}, uniform)
+    found: list[float] = []
+    if try_out and batches is not None and measure != "weight error":
+        found = _found(model, linears, schemes, known, choices, batches, progress)
+    best = min(range(len(choices)), key=found.__getitem__) if found else 0
+    chosen = choices[best]
     return Plan(
         layers=tuple(
             PlannedLayer(
@@ -121,6 +131,8 @@ def plan(
         target_bytes=budget,
         measure=measure,
         uniform=tuple(sorted(uniform, key=lambda u: u.nbytes)),
+        measured=found[best] if found else None,
+        measured_uniform=found[-1] if found and any(alike.nbytes <= budget for alike in uniform) else None,
     )  # fmt: skip
 
 
@@ -181,20 +193,78 @@ def _measure(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     schemes: Sequence[Scheme],
-    calibration: Iterable[Batch] | str | None,
+    known: Mapping[str, Tensor],
+    batches: Iterable[Batch] | None,
     progress: bool,
 ) -> Iterator[tuple[str, _Measured]]:
     """(name, what the candidates do) for each layer."""
     from tqdm import tqdm
 
-    used = batches_of(model, calibration)
-    known = {} if used is None else importances(model, linears, used)
     traces: Iterable[tuple[str, fisher.Trace | None]] = ((name, None) for name in linears)
-    batches = _telling_batches(model, calibration)
     if batches is not None:
         traces = fisher.traces(model, linears, batches)
     for name, trace in tqdm(traces, desc="planning", unit="layer", total=len(linears), disable=not progress):
         yield name, _try(name, linears[name], schemes, known.get(name), trace)
+
+
+def _choices(
+    groups: Sequence[Sequence[str]],
+    options: Sequence[Sequence[knapsack.Option]],
+    budget: int,
+    costs: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Sequence[float]],
+    uniform: Sequence[Uniform],
+) -> list[dict[str, int]]:
+    """Plans worth a trial, as {name: candidate}: the cheapest first, the best single scheme, if one fits, last."""
+    fitting = [i for i, alike in enumerate(uniform) if alike.nbytes <= budget]
+    alike = min(fitting, key=lambda i: uniform[i].cost, default=None)
+    choices: list[tuple[float, list[int]]] = []
+    for distrust in _DISTRUST:
+        wary = [
+            [
+                knapsack.Option(o.nbytes, sum(costs[n][i] * (1 + distrust * errors[n][i]) for n in names))
+                for i, o in enumerate(some)
+            ]
+            for names, some in zip(groups, options, strict=True)
+        ]
+        taken = knapsack.choose(wary, budget)
+        cost = sum(o[i].cost for o, i in zip(options, taken, strict=True))
+        # The knapsack's choice is nearly the best, not always.
+        if (alike is None or cost < uniform[alike].cost) and all(taken != other for _, other in choices):
+            choices.append((cost, taken))
+    choices.sort(key=lambda choice: choice[0])
+    if alike is not None:
+        choices.append((uniform[alike].cost, [alike] * len(groups)))
+    return [{n: i for names, i in zip(groups, taken, strict=True) for n in names} for _, taken in choices]
+
+
+@torch.no_grad()
+def _found(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    schemes: Sequence[Scheme],
+    known: Mapping[str, Tensor],
+    choices: Sequence[Mapping[str, int]],
+    batches: Iterable[Batch],
+    progress: bool,
+) -> list[float]:
+    """What each choice costs in earnest, on the batches that gave the gradients."""
+    from tqdm import tqdm
+
+    codes: dict[tuple[str, int], QTensor] = {}
+    for name in tqdm(linears, desc="trying plans", unit="layer", disable=not progress):
+        for i in {choice[name] for choice in choices}:
+            codes[name, i] = _quantized(name, linears[name], schemes[i], known.get(name))
+    return trial.costs(model, [{name: codes[name, i] for name, i in choice.items()} for choice in choices], batches)
+
+
+def _quantized(name: str, linear: nn.Linear, scheme: Scheme, importance: Tensor | None) -> QTensor:
+    """The codes that quantize_model would choose by default."""
+    method, _ = method_for(None, scheme, importance is not None)
+    try:
+        return quantize(linear.weight.detach(), scheme, method=method, importance=importance)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight: {error}") from None
 
 
 def _telling_batches(model: nn.Module, calibration: Iterable[Batch] | str | None) -> Iterable[Batch] | None:
@@ -213,18 +283,13 @@ def _telling_batches(model: nn.Module, calibration: Iterable[Batch] | str | None
 def _try(
     name: str, linear: nn.Linear, schemes: Sequence[Scheme], importance: Tensor | None, trace: fisher.Trace | None
 ) -> _Measured:
-    """One layer under every candidate, its codes chosen as quantize_model would by default."""
-    weight = linear.weight.detach()
-    original = weight.float()
+    """One layer under every candidate."""
+    original = linear.weight.detach().float()
     energy = original.square().sum(dtype=torch.float64).item()
     reached = trace is not None and trace.reached
     costs, errors = [], []
     for scheme in schemes:
-        method, _ = method_for(None, scheme, importance is not None)
-        try:
-            change = quantize(weight, scheme, method=method, importance=importance).dequantize().sub_(original)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from None
+        change = _quantized(name, linear, scheme, importance).dequantize().sub_(original)
         noise = change.square().sum(dtype=torch.float64).item()
         errors.append(noise / energy if energy else 0.0)
         costs.append(trace.cost(change) if trace is not None and reached else 0.0)

@@ -64,12 +64,16 @@ class Plan:
         target_bytes: that the layers may take.
         measure: what costs are: "KL", "output error" or "weight error".
         uniform: what every candidate would take and cost, were it the scheme of all layers; the smallest first.
+        measured: what the whole plan was found to cost on the batches, in the same measure, if it was tried.
+        measured_uniform: what best_uniform was found to cost there.
     """
 
     layers: tuple[PlannedLayer, ...]
     target_bytes: int
     measure: str
     uniform: tuple[Uniform, ...]
+    measured: float | None = None
+    measured_uniform: float | None = None
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -115,6 +119,9 @@ class Plan:
             f"{self.bits_per_weight:.2f} bits per weight; {MEASURES[self.measure]} {self.cost:.4g}, "
             + (f"with {best.scheme} alone {best.cost:.4g}" if best else "and no candidate alone is so small")
         )
+        if self.measured is not None:
+            title += f"; measured {self.measured:.4g}"
+            title += f", with {best.scheme} alone {self.measured_uniform:.4g}" if best and self.measured_uniform else ""
         rows = [
             (
                 layer.name,
@@ -148,6 +155,8 @@ class Plan:
             "format": _FORMAT,
             "measure": self.measure,
             "target_bytes": self.target_bytes,
+            "measured": self.measured,
+            "measured_uniform": self.measured_uniform,
             "uniform": [_fields(uniform) for uniform in self.uniform],
             "layers": [_fields(layer) for layer in self.layers],
         }
@@ -180,6 +189,10 @@ class Plan:
                     Uniform(Scheme.parse(u["scheme"]), _count(u["nbytes"], "nbytes"), _cost(u["cost"], "cost"))
                     for u in record["uniform"]
                 ),
+                **{
+                    key: None if record[key] is None else _cost(record[key], key)
+                    for key in ("measured", "measured_uniform")
+                },
             )
             if plan.measure not in MEASURES:
                 raise ValueError(f"'measure' must be one of {', '.join(MEASURES)}, got {plan.measure!r}")
