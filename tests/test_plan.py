@@ -17,7 +17,7 @@ import qkernels
 from qkernels.calibrate.probe import random_batches, written_batches
 from qkernels.calibrate.walk import CalibrationError
 from qkernels.formats.native import FormatError
-from qkernels.planning import fisher, knapsack
+from qkernels.planning import fisher, knapsack, trial
 from qkernels.planning.knapsack import Option
 from qkernels.planning.plan import CANDIDATES
 from tests.tiny_model import TOKENS, TinyModel, save_tiny_llama
@@ -289,6 +289,9 @@ def test_a_plan_that_the_knapsack_misses_is_not_worse_than_uniform(monkeypatch: 
 
 
 def test_siblings_share_a_scheme_unless_told_otherwise(llama: Any) -> None:
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.self_attn.q_proj.weight *= 0.01  # attention so even that values alone matter
     plan = qkernels.plan(llama, target_bits=5, calibration="random", progress=False)
     chosen = {layer.name: str(layer.scheme) for layer in plan.layers}
     for i in range(2):
@@ -297,8 +300,14 @@ def test_siblings_share_a_scheme_unless_told_otherwise(llama: Any) -> None:
     assert len(set(chosen.values())) > 1
     apart = qkernels.plan(llama, target_bits=5, calibration="random", siblings=(), progress=False)
     alone = {layer.name: str(layer.scheme) for layer in apart.layers}
-    assert any(len({alone[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv"}) > 1 for i in range(2))
-    assert apart.cost <= plan.cost
+    assert all(len({alone[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv"}) > 1 for i in range(2))
+    assert apart.measured is not None
+    assert plan.measured is not None
+    assert apart.measured < plan.measured
+    pairs = qkernels.plan(llama, target_bits=5, calibration="random", siblings=[("q_proj", "k_proj")], progress=False)
+    two = {layer.name: str(layer.scheme) for layer in pairs.layers}
+    assert two["model.layers.0.self_attn.q_proj"] == two["model.layers.0.self_attn.k_proj"]
+    assert two["model.layers.0.self_attn.q_proj"] != two["model.layers.0.self_attn.v_proj"]
 
 
 def test_what_matters_more_gets_more_bits() -> None:
@@ -322,12 +331,73 @@ def test_what_matters_more_gets_more_bits() -> None:
     assert rows["unused"].sensitivity == pytest.approx(rows["quiet"].sensitivity)
 
 
+@torch.no_grad()
+def test_what_is_measured_is_what_the_quantized_model_loses(llama: Any) -> None:
+    llama.eval()
+    tokens = torch.randint(0, 257, (6, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens)
+    mask[3:, 15:] = 0
+    batches: list[Any] = [tokens[:3], {"input_ids": tokens[3:], "attention_mask": mask[3:]}]
+    plan = qkernels.plan(llama, target_bits=4.5, calibration=batches, progress=False)
+    before = [llama(tokens[:3]).logits.reshape(-1, 257), llama(tokens[3:], attention_mask=mask[3:]).logits[:, :15]]
+    assert plan.best_uniform is not None
+    alternatives = [(plan, plan.measured), (str(plan.best_uniform.scheme), plan.measured_uniform)]
+    for scheme, measured in alternatives:
+        model = copy.deepcopy(llama)
+        qkernels.quantize_model(model, scheme, calibration=batches, progress=False)  # type: ignore[arg-type]
+        after = [model(tokens[:3]).logits.reshape(-1, 257), model(tokens[3:], attention_mask=mask[3:]).logits[:, :15]]
+        y, z = (torch.cat([a, b.reshape(-1, 257)]).log_softmax(-1) for a, b in (before, after))
+        assert measured == pytest.approx(
+            nn.functional.kl_div(z, y, reduction="batchmean", log_target=True).item(), rel=1e-3
+        )
+    assert plan.measured is not None
+    assert plan.measured <= plan.measured_uniform  # type: ignore[operator]
+
+
+def test_the_plan_that_is_measured_best_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TinyModel()
+    chosen = []
+
+    def spy(model: nn.Module, trials: list[dict[str, qkernels.QTensor]], batches: Any) -> list[float]:
+        chosen.append([{str(q.scheme) for q in trial.values()} for trial in trials])
+        return [float(len(trials) - i) for i in range(len(trials))]
+
+    assert _tiny_plan(model, target_bits=6.4).cost < _uniform_cost(model)
+    monkeypatch.setattr("qkernels.planning.plan.trial.costs", spy)
+    plan = _tiny_plan(model, target_bits=6.4)
+    assert len(chosen[0]) >= 2
+    assert chosen[0][-1] == {"w4g32"}  # the best that fits, alone, is always tried
+    assert {str(layer.scheme) for layer in plan.layers} == {"w4g32"}
+    assert (plan.measured, plan.measured_uniform) == (1.0, 1.0)
+    untried = _tiny_plan(model, target_bits=6.4, try_out=False)
+    assert len(chosen) == 1
+    assert untried.measured is None
+    assert untried.cost < plan.cost
+
+
+def _uniform_cost(model: nn.Module) -> float:
+    best = _tiny_plan(model, target_bits=6.4).best_uniform
+    assert best is not None
+    return best.cost
+
+
+def test_a_trial_that_overflows_costs_all(llama: Any) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    weight = llama.get_submodule(name).weight.detach()
+    good = qkernels.quantize(weight, "w8c-fp32")
+    bad = dataclasses.replace(good, scale=good.scale * float("inf"))
+    found = trial.costs(llama, [{name: good}, {name: bad}, {}], [TOKENS])
+    assert 0 < found[0] < 1e-3
+    assert found[1:] == [float("inf"), 0.0]
+
+
 def test_without_batches_weights_decide() -> None:
     model = TinyModel()
     with torch.no_grad():
         model.blocks[1].up.weight[:, ::16] *= 60  # outliers cost every other weight of their group its bits
     plan = qkernels.plan(model, target_bits=4.5, candidates=SMALL, progress=False)
     assert plan.measure == "weight error"
+    assert plan.measured is None
     assert "squared error of weights" in str(plan)
     report = qkernels.quantize_model(model, plan, progress=False)
     for row, layer in zip(plan.layers, report.layers, strict=True):
@@ -386,6 +456,7 @@ def test_a_plan_is_kept_in_a_file(tmp_path: pathlib.Path) -> None:
         ([], "'format' must be"),
         (record | {"format": "other"}, "'format' must be"),
         ({k: v for k, v in record.items() if k != "layers"}, "'layers' is missing"),
+        (record | {"measured": "much"}, "measured must be a finite number"),
         (record | {"measure": "luck"}, "'measure' must be one of"),
         (record | {"layers": []}, "'layers' must be some"),
         (record | {"layers": record["layers"] * 2}, "each of another name"),
