@@ -148,7 +148,7 @@ def test_what_moves_all_tokens_alike_counts_coherently(llama: Any) -> None:
 def test_without_logits_costs_are_the_relative_square_error_of_the_output() -> None:
     first, second = nn.Linear(24, 16), nn.Linear(16, 8, bias=False)
     model = nn.Sequential(first, second)
-    batches = list(torch.randn(400, 24).split(1))
+    batches = list(torch.randn(400, 24).split(100))  # rows are as many samples
     costs = {}
     changes = {"0": 0.1 * torch.randn(16, 24), "1": 0.1 * torch.randn(8, 16)}
     for name, trace in fisher.traces(model, {"0": first, "1": second}, batches):

@@ -138,7 +138,7 @@ def _run(
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     with _watching(model, linears, found) as watch, evaluating(model), _frozen(model):
         for i, call in enumerate(calls):
-            watch.batch, watch.roots, watch.last = i, [], None
+            watch.batch, watch.sequences, watch.roots, watch.last = i, _sequences(call), [], None
             output = run_batch(model, call, i)
             for draw in range(draws):
                 loss = _loss(output, call, i, generator, totals if draw == 0 else _Totals())
@@ -203,6 +203,7 @@ class _Watch:
     """What hooks need to know of the batch that is under way."""
 
     batch = 0
+    sequences = 1
     last: tuple[Tensor, int, Tensor] | None = None  # an input, its version, and our copy of it
 
     def __init__(self) -> None:
@@ -227,7 +228,8 @@ def _watching(model: nn.Module, linears: Mapping[str, nn.Linear], found: Mapping
                 watch.roots.append(output.requires_grad_())
             if name in found and output.numel():
                 x = args[0]
-                use = _Use(watch.batch, watch.kept(x), x.shape[0] if x.ndim > 2 else 1, [])
+                apart = x.ndim > 2 or x.shape[0] == watch.sequences  # else, as for experts, tokens of who knows which
+                use = _Use(watch.batch, watch.kept(x), x.shape[0] if apart else 1, [])
                 found[name].uses.append(use)
                 output.register_hook(lambda g: use.gradients.append(g.detach().reshape(-1, g.shape[-1])))
             return output.clone() if root else None  # a leaf must not be changed in place, but a copy may
