@@ -28,8 +28,10 @@ from benchmarks.subjects import SUBJECTS, Encoder, LanguageModel, Subject
 from qkernels import tables
 from qkernels.model import quantize_model
 from qkernels.nn import QuantLinear, places
+from qkernels.planning.plan import plan
+from qkernels.planning.result import Plan
 from qkernels.scheme import Scheme
-from qkernels.tensor import QuantizationError
+from qkernels.tensor import QuantizationError, stored_bytes
 
 RESULT = harness.RESULTS / "accuracy/accuracy.json"
 SCHEMES = ("w4g128", "w4g64", "w3g64", "w2g64", "w8g128", "w4g32", "w3g128", "w2g32")
@@ -43,18 +45,27 @@ class Method:
         what: for people.
         options: of quantize_model.
         on_text: whether it learns from the calibration text.
+        planned: whether layers get schemes of their own, within the bytes of the one that is asked for.
+        writes: whether only a model that writes text can be quantized so.
     """
 
     what: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     on_text: bool = False
+    planned: bool = False
+    writes: bool = False
 
 
 OURS: Mapping[str, Method] = {
     "rtn": Method("round to nearest", {"method": "rtn"}),
-    "default": Method("search, weighted by inputs on random tokens"),
+    "default": Method("search, weighted by the inputs on text that the model writes, or on random tokens"),
     "hqq": Method("half-quadratic zeros, weighted likewise", {"method": "hqq"}),
+    "plan": Method("a scheme for each layer, codes by default", planned=True),
     "gptq": Method("GPTQ and descent", {"method": "gptq"}, on_text=True),
+    "gptq, written": Method(
+        "the same, on text that the model writes", {"method": "gptq", "calibration": "written"}, writes=True
+    ),
+    "gptq, distilled": Method("then scales of all layers together", {"method": "gptq", "distill": 2}, on_text=True),
 }
 METHODS = (*OURS, *peers.PEERS)
 
@@ -80,7 +91,12 @@ def quantized(subject: Subject, scheme: Scheme, method: str) -> Made:
     options = dict(OURS[method].options)
     if OURS[method].on_text:
         options["calibration"] = subject.calibration
-    report = quantize_model(model, scheme, progress=False, **options)
+    planned: Scheme | Plan = scheme
+    if OURS[method].planned:
+        linears = list(_linears(model))
+        target = sum(stored_bytes(scheme, linear.out_features, linear.in_features) for linear in linears)
+        planned = plan(model, target_bytes=target, progress=False)
+    report = quantize_model(model, planned, progress=False, **options)
     where = places(model)
     for module in [m for m in model.modules() if isinstance(m, QuantLinear)]:
         weight = module.qweight.dequantize(torch.float32)
@@ -113,7 +129,7 @@ def _linears(model: nn.Module) -> Iterator[nn.Linear]:
 def refusal(subject: Subject, scheme: Scheme, method: str) -> str | None:
     """Why a method does not take part, or None."""
     if method not in peers.PEERS:
-        return None
+        return "the model writes no text" if OURS[method].writes and not hasattr(subject.model, "lm_head") else None
     reasons = (peers.refusal(method, scheme, linear.in_features) for linear in _linears(subject.model))
     return next((reason for reason in reasons if reason), None)
 

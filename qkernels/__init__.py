@@ -10,6 +10,8 @@ from qkernels.formats.native import FormatError
 from qkernels.merge import merge_siblings
 from qkernels.model import QuantizationReport, quantize_model
 from qkernels.nn import QuantLinear
+from qkernels.planning.plan import plan
+from qkernels.planning.result import Plan
 from qkernels.reporting.measure import report
 from qkernels.reporting.table import QualityReport
 from qkernels.scheme import Scheme
@@ -19,6 +21,7 @@ from qkernels.tensor import QTensor, QuantizationError, quantize
 __all__ = [
     "FormatError",
     "MergedLinear",
+    "Plan",
     "QTensor",
     "QualityReport",
     "QuantLinear",
@@ -27,6 +30,7 @@ __all__ = [
     "Scheme",
     "load",
     "merge_siblings",
+    "plan",
     "quantize",
     "quantize_model",
     "report",

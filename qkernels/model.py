@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from qkernels import fit, reference, tables
 from qkernels.calibrate.blocks import calibrate
 from qkernels.calibrate.distill import distill as distilled
-from qkernels.calibrate.probe import importances, random_batches
-from qkernels.calibrate.walk import Batch
+from qkernels.calibrate.probe import importances, random_batches, written_batches
+from qkernels.calibrate.walk import Batch, CalibrationError
 from qkernels.checks import DTYPES
 from qkernels.merge import SIBLINGS, Merged, check_groups, merge_siblings
 from qkernels.nn import QuantLinear, places, put
+from qkernels.planning.result import Plan
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.tensor import QTensor, QuantizationError, quantize
 
@@ -26,8 +28,10 @@ from qkernels.tensor import QTensor, QuantizationError, quantize
 DEFAULT_SKIP = ("lm_head", "*.lm_head")
 
 METHODS = (*fit.METHODS, "gptq")
+SOURCES = ("random", "written")  # of calibration, where a user has no batches
 # Where nothing is known of the inputs, a search that lowers the error of weights pays at the output only here.
 _BLIND_SEARCH_BITS = 3
+_WRITTEN = 48, 256  # sequences and their tokens, of the model's own: second moments need more than the size of inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +137,10 @@ def _together(names: Sequence[str]) -> str:
 
 def quantize_model(
     model: nn.Module,
-    scheme: str | Scheme,
+    scheme: str | Scheme | Plan,
     *,
     method: str | None = None,
-    calibration: Iterable[Batch] | Literal["random"] | None = None,
+    calibration: Iterable[Batch] | Literal["random", "written"] | None = None,
     distill: int = 0,
     resume: str | os.PathLike[str] | None = None,
     skip: Sequence[str] = DEFAULT_SKIP,
@@ -151,14 +155,16 @@ def quantize_model(
 
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
-        scheme: such as "w4g128", for layers that no pattern names.
+        scheme: such as "w4g128", for layers that no pattern names; or a Plan, which leaves layers that it does not name
+            alone.
         method: how codes are chosen. "rtn" rounds to nearest; "search" tries ranges and zeros for each group, "hqq"
             moves its zeros; "gptq" works block by block, each layer making up for the errors before it. By default
             "search" where the size of the inputs is known; else "rtn" down to 4 bits, and "search" below.
         calibration: batches to call the model with (tensors, mappings of keyword arguments, or sequences of positional
-            ones), or "random": tokens drawn at random, for a model that reads tokens alone. "gptq" needs one of them.
-            To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; for them
-            "random" is the default where it is possible.
+            ones); or "random": tokens drawn at random, for a model that reads tokens alone; or "written": text that a
+            language model writes itself. "gptq" needs one of them.
+            To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; their default
+            is a little written text, else "random", where that is possible.
         distill: how many times to go through the calibration batches once codes are chosen, with the model as the
             teacher, to set the scales of all layers together so that its output comes out as before. Takes a backward
             pass of the whole model for each batch, and a second set of weights.
@@ -166,7 +172,7 @@ def quantize_model(
             from there. It is yours to remove.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
-            beats the default of `skip`, but not a `skip` of yours.
+            beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.
         merge: whether siblings that read one input are multiplied in one launch, with the same weights: q_proj, k_proj
             and v_proj of one parent, and gate_proj and up_proj; or the names of siblings, such as [("w1", "w3")]. Those
             that cannot be merged (one scale per tensor, different schemes) stay apart; the report says why.
@@ -185,10 +191,16 @@ def quantize_model(
     """
     start = time.perf_counter()
     check_method(method, calibration, resume, distill)
-    plan, skipped = _plan(model, as_scheme(scheme), skip, schemes or {})
+    patterns = dict(schemes or {})
+    if isinstance(scheme, Plan):
+        for pattern, planned in scheme.schemes.items():
+            patterns.setdefault(pattern, planned)
+    plan, skipped = select(model, None if isinstance(scheme, Plan) else as_scheme(scheme), skip, patterns)
+    if isinstance(scheme, Plan):
+        scheme.check({name: (linear.out_features, linear.in_features) for name, (linear, _) in plan.items()})
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
     for name, (linear, chosen) in plan.items():
-        _check_quantizable(name, linear, chosen)
+        check_quantizable(name, linear, chosen)
     where = places(model)
     layers = []
     for name, qweight, used in _quantized(model, plan, method, calibration, distill, resume, progress):
@@ -220,18 +232,16 @@ def check_method(
     """Raise ValueError unless a method is known and has the calibration that it needs."""
     if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if isinstance(calibration, str) and calibration != "random":
-        raise ValueError(f"calibration must be batches or 'random', got {calibration!r}")
+    if isinstance(calibration, str) and calibration not in SOURCES:
+        raise ValueError(f"calibration must be batches, 'random' or 'written', got {calibration!r}")
     if method == "gptq" and calibration is None:
-        raise ValueError(
-            "method 'gptq' needs calibration: batches to call the model with, or 'random' for random tokens"
-        )
+        raise ValueError("method 'gptq' needs calibration: batches to call the model with, 'written' or 'random'")
     if method != "gptq" and resume is not None:
         raise ValueError(f"resume is for method 'gptq', which takes long; got method={method!r}")
     if distill < 0:
         raise ValueError(f"distill must be a number of epochs, 0 or more, got {distill}")
     if distill and calibration is None:
-        raise ValueError("distill needs calibration: batches to call the model with, or 'random' for random tokens")
+        raise ValueError("distill needs calibration: batches to call the model with, 'written' or 'random'")
     if method == "rtn" and calibration is not None and not distill:
         raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
 
@@ -246,15 +256,9 @@ def _quantized(
     progress: bool,
 ) -> Iterator[tuple[str, QTensor, str]]:
     """(name, weight, method) of each layer of the plan; all that may fail on a batch has run before the first comes."""
-    batches: Iterable[Batch] | None = None
-    if calibration == "random" or (calibration is None and method != "rtn"):
-        batches = random_batches(model)
-        if batches is None and calibration is not None:
-            raise ValueError(f"calibration 'random' needs a model that reads tokens alone, got {type(model).__name__}")
-    elif calibration is not None:
-        assert not isinstance(calibration, str)
-        once = not isinstance(calibration, (Tensor, Sequence, Mapping))
-        batches = list(calibration) if distill and once else calibration  # distilling comes back to them
+    if distill and isinstance(calibration, Iterator):
+        calibration = list(calibration)  # it is gone through again
+    batches = None if method == "rtn" and not distill else batches_of(model, calibration)
     if method == "gptq":
         assert batches is not None
         done = calibrate(model, plan, batches, folder=resume, progress=progress)
@@ -286,12 +290,35 @@ def _each(
         known = importances(model, {name: linear for name, (linear, _) in plan.items()}, batches)
     for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
         linear, scheme = plan[name]
-        used, note = _method_for(method, scheme, name in known)
+        used, note = method_for(method, scheme, name in known)
         yield name, quantize(linear.weight.detach(), scheme, method=used, importance=known.get(name)), used + note
         del linear
 
 
-def _method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str, str]:
+def batches_of(model: nn.Module, calibration: Iterable[Batch] | str | None) -> Iterable[Batch] | None:
+    """The batches that `calibration` means.
+
+    By default a little text that the model writes itself, or random tokens where it cannot, or None where it reads
+    something else than tokens.
+    """
+    if calibration is not None and not isinstance(calibration, str):
+        return calibration
+    batches: Iterable[Batch] | None = None
+    if calibration is None:
+        try:
+            batches = written_batches(model)
+        except CalibrationError as error:
+            warnings.warn(f"{error}; random tokens are used instead", stacklevel=3)
+    if calibration == "written":
+        batches, needed = written_batches(model, *_WRITTEN), "that writes text (transformers' generate)"
+    elif batches is None:
+        batches, needed = random_batches(model), "that reads tokens alone"
+    if batches is None and calibration is not None:
+        raise ValueError(f"calibration {calibration!r} needs a model {needed}, got {type(model).__name__}")
+    return batches
+
+
+def method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str, str]:
     """(method, what to add to its name in the report) for one layer."""
     blind = "" if weighted else " (inputs unknown)"
     if method is None:
@@ -299,8 +326,8 @@ def _method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str
     return method, "" if method == "rtn" else blind
 
 
-def _plan(
-    model: nn.Module, default: Scheme, skip: Sequence[str], schemes: Mapping[str, str | Scheme | None]
+def select(
+    model: nn.Module, default: Scheme | None, skip: Sequence[str], schemes: Mapping[str, str | Scheme | None]
 ) -> tuple[dict[str, tuple[nn.Linear, Scheme]], list[str]]:
     """({name: (layer, scheme)}, names left alone)."""
     if isinstance(skip, str):
@@ -336,7 +363,8 @@ def _fits(pattern: str, names: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
+def check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
+    """Raise ValueError or TypeError, naming the layer, unless it can be replaced by a quantized one."""
     weight = linear.weight.detach()
     if weight.dtype not in DTYPES:
         raise TypeError(f"{name}.weight must be float16, bfloat16 or float32, got {weight.dtype}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +57,22 @@ class PredictionScore:
     def kl(self) -> float:
         """Mean divergence from the reference, in nats per prediction."""
         return self.divergence / self.predictions if self.predictions else math.nan
+
+
+# ---- what a model returns ----
+
+
+def floating_output(output: Any) -> Tensor | None:
+    """The floating tensor that a model is for, in what it returned: logits, else the first there is; None without."""
+    found = field(output, "logits")
+    if found is None:
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+        candidates = (output, *values, field(output, "last_hidden_state"))
+        found = next((v for v in candidates if isinstance(v, Tensor) and v.is_floating_point() and v.ndim), None)
+    return found
+
+
+def field(output: Any, name: str) -> Tensor | None:
+    """A tensor in what a model returned, by its name."""
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, Tensor) else None

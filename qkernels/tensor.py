@@ -222,3 +222,11 @@ def quantize(w: Tensor, scheme: str | Scheme, *, method: str = "rtn", importance
         scale, zero = fit.fit(w, parsed, method, importance)
         packed = packing.pack(reference.encode(w, scale, zero, parsed), parsed.bits)
     return QTensor(packed, scale, zero, parsed, w.shape[1])
+
+
+def stored_bytes(scheme: str | Scheme, out_features: int, in_features: int) -> int:
+    """QTensor.nbytes of a weight (out_features, in_features), before there is one."""
+    parsed = as_scheme(scheme)
+    beside = parsed.scale_dtype.itemsize + (parsed.zero_dtype.itemsize if parsed.zero_dtype is not None else 0)
+    groups, rows = parsed.scale_shape(out_features, in_features)
+    return 4 * out_features * packing.packed_words(parsed.bits, in_features) + groups * rows * beside

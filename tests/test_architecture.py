@@ -33,6 +33,7 @@ FLOORS = {
     "qkernels.formats": 5,
     "qkernels.quality": 5,
     "qkernels.calibrate": 5,
+    "qkernels.planning": 6,
     "qkernels.model": 6,
     "qkernels.checkpoint": 6,
     "qkernels.plots": 7,

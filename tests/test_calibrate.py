@@ -318,7 +318,7 @@ def _fails_unchanged(model: Any, method: str, batches: Any, message: str) -> Non
         ({"method": "awesome"}, "method must be one of 'rtn', 'search', 'hqq', 'gptq', got 'awesome'"),
         ({"method": "gptq"}, "'gptq' needs calibration"),
         ({"method": "rtn", "calibration": "random"}, "'rtn' takes no calibration"),
-        ({"calibration": "wikitext"}, "must be batches or 'random', got 'wikitext'"),
+        ({"calibration": "wikitext"}, "must be batches, 'random' or 'written', got 'wikitext'"),
         ({"method": "gptq", "calibration": "random"}, "needs a model that reads tokens alone, got Sequential"),
     ],
 )

@@ -18,7 +18,7 @@ from benchmarks import readme
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["qkernels.scheme", "qkernels.tensor", "qkernels.model"])
+@pytest.mark.parametrize("name", ["qkernels.scheme", "qkernels.tensor", "qkernels.model", "qkernels.planning.plan"])
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name), raise_on_error=False)
     assert found.attempted > 0

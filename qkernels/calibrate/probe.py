@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qkernels.calibrate.walk import Batch, CalibrationError, as_calls, evaluating, rows, run_batch
 
 _RANDOM_BATCHES, _RANDOM_LENGTH = 8, 256
+_WRITTEN, _WRITTEN_LENGTH, _WRITTEN_AT_ONCE = 32, 64, 8
 
 
 def random_batches(model: nn.Module) -> list[Tensor] | None:
@@ -32,6 +33,37 @@ def random_batches(model: nn.Module) -> list[Tensor] | None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, embedding.num_embeddings, (_RANDOM_BATCHES, length), generator=generator)
     return list(tokens.split(1))
+
+
+def written_batches(model: nn.Module, sequences: int = _WRITTEN, length: int = _WRITTEN_LENGTH) -> list[Tensor] | None:
+    """Batches (some sequences, tokens) of text that the model writes itself, the same each time; None unless it can.
+
+    Each sequence begins with a random token and goes on with draws from the model's own predictions: nearer to what
+    people write than random tokens are, at the price of a forward for each of its tokens.
+
+    Raises:
+        CalibrationError: the model's `generate` fails.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    batches = random_batches(model)
+    if batches is None or not callable(can_generate) or not can_generate():
+        return None
+    length = min(length, batches[0].shape[1])
+    written: Any = model
+    device = written.get_input_embeddings().weight.device
+    first = torch.cat(batches).reshape(-1, 1)[:sequences].to(device)
+    with torch.random.fork_rng(), evaluating(model), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            tokens = written.generate(
+                first, attention_mask=torch.ones_like(first), use_cache=True, do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=0,
+            )  # fmt: skip
+        except Exception as error:
+            raise CalibrationError(
+                f"the model fails to write text: {type(error).__name__}: {error}; calibration='random' does without"
+            ) from error
+    return list(tokens.split(_WRITTEN_AT_ONCE))
 
 
 @torch.no_grad()

@@ -160,10 +160,10 @@ def _record_one(model: nn.Module, stages: list[Block], call: Call, first: list[T
         raise CalibrationError(f"calibration batch {i} never reaches {stages[len(reached)].name}")
 
 
-def run_batch(model: nn.Module, call: Call, i: int) -> None:
-    """Run the model on batch i; CalibrationError, naming the batch, if it fails."""
+def run_batch(model: nn.Module, call: Call, i: int) -> Any:
+    """The model's output on batch i; CalibrationError, naming the batch, if it fails."""
     try:
-        call.run(model, None)
+        return call.run(model, None)
     except CalibrationError:  # a hook's
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibrate.walk import evaluating
-from qkernels.quality import PredictionScore
+from qkernels.quality import PredictionScore, field, floating_output
 from qkernels.reporting._second_moments import SecondMoments, unpadded
 from qkernels.reporting.rows import ModelQuality
 
@@ -107,7 +107,7 @@ def _add(score: OutputScore, found: Any, original: Any, tokens: Tensor | None, m
         raise ValueError(f"the output of the reference model for batch {score.batches} holds NaN or infinity")
     if not wanted.numel():
         return
-    if _field(original, "logits") is not None and _are_predictions(wanted, tokens):
+    if field(original, "logits") is not None and _are_predictions(wanted, tokens):
         assert tokens is not None
         score.add_predictions(y, wanted, tokens, mask)
     else:
@@ -142,23 +142,13 @@ def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _output(output: Any, who: str) -> Tensor:
-    """The floating tensor that a model is for: logits, else the first there is."""
-    found = _field(output, "logits")
-    if found is None:
-        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-        candidates = (output, *values, _field(output, "last_hidden_state"))
-        found = next((v for v in candidates if isinstance(v, Tensor) and v.is_floating_point() and v.ndim), None)
+    found = floating_output(output)
     if found is None:
         raise TypeError(
             f"{who} returned a {type(output).__name__} without a floating tensor, so outputs cannot be compared; "
             "batches=None compares weights only"
         )
     return found
-
-
-def _field(output: Any, name: str) -> Tensor | None:
-    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-    return value if isinstance(value, Tensor) else None
 
 
 def _arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
