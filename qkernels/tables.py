@@ -19,7 +19,8 @@ def text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], text
     for row in rows:
         table.add_row(*(Text(_printable(cell)) for cell in row))  # Text: names are not markup
     out = io.StringIO()
-    Console(file=out, width=100_000, no_color=True).print(table)
+    # Notebooks: rich would show the table at once and return nothing of it; FORCE_COLOR, which they set, adds escapes.
+    Console(file=out, width=100_000, no_color=True, force_jupyter=False, force_terminal=False).print(table)
     return "\n".join([_printable(title), *(line.rstrip() for line in out.getvalue().strip("\n").splitlines())])
 
 

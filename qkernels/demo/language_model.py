@@ -76,12 +76,12 @@ def answer(model: Any, tokenizer: Any, question: str, tokens: int) -> int:
 def _quiet() -> Iterator[None]:
     """Without transformers' own bars and advice: the demo has its own."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # local files only
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # before the import: in a notebook that warns of missing widgets
+        from transformers.utils import logging
+
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         yield
     logging.set_verbosity(level)
