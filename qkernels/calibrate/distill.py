@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import packing, reference
-from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, hidden_of
+from qkernels.calibrate.walk import Batch, Call, as_calls, evaluating, predictions, run_batch
 from qkernels.fit import store_scale
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
@@ -170,30 +170,10 @@ def _mean_loss(model: nn.Module, calls: list[Call], weights: Mapping[str, QTenso
 def _loss(model: nn.Module, call: Call, i: int, weights: Mapping[str, Tensor]) -> Tensor:
     """How far the model with these weights is from the model, on one batch."""
     with torch.no_grad():
-        wanted = _output(model(*call.args, **call.kwargs), i)
-    found = _output(torch.func.functional_call(model, dict(weights), call.args, call.kwargs, tie_weights=False), i)
-    keep = call.kwargs.get("attention_mask")
-    if isinstance(keep, Tensor) and keep.shape == wanted[0].shape[: keep.dim()]:
-        wanted, found = ((t[keep.bool()], is_logits) for t, is_logits in (wanted, found))
-    (target, logits), (output, _) = wanted, found
-    if logits:
-        target, output = torch.log_softmax(target.float(), -1), torch.log_softmax(output.float(), -1)
-        loss = nn.functional.kl_div(
-            output.flatten(0, -2), target.flatten(0, -2), reduction="batchmean", log_target=True
-        )
-    else:
-        loss = nn.functional.mse_loss(output.float(), target.float()) / target.float().square().mean()
-    if not torch.isfinite(loss):
-        raise CalibrationError(f"the model's output on calibration batch {i} is not finite")
-    return loss
-
-
-def _output(output: Any, i: int) -> tuple[Tensor, bool]:
-    """(logits, True), or (the first output, False)."""
-    logits = getattr(output, "logits", None)
-    found = logits if isinstance(logits, Tensor) else hidden_of(output)
-    if isinstance(found, Mapping):
-        found = next(iter(found.values()), None)
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        raise CalibrationError(f"the model gives no floating tensor on calibration batch {i}")
-    return found, isinstance(logits, Tensor)
+        target, are_logits = predictions(run_batch(model, call, i), call, i)
+    output = torch.func.functional_call(model, dict(weights), call.args, call.kwargs, tie_weights=False)
+    found, _ = predictions(output, call, i)
+    if not are_logits:
+        return nn.functional.mse_loss(found, target) / target.square().mean()
+    target, found = torch.log_softmax(target, -1), torch.log_softmax(found, -1)
+    return nn.functional.kl_div(found, target, reduction="batchmean", log_target=True)

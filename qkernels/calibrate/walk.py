@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.quality import field, floating_output
+
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
@@ -168,6 +170,25 @@ def run_batch(model: nn.Module, call: Call, i: int) -> Any:
         raise
     except Exception as error:
         raise CalibrationError(f"the model fails on calibration batch {i}: {type(error).__name__}: {error}") from error
+
+
+def predictions(output: Any, call: Call, batch: int) -> tuple[Tensor, bool]:
+    """(the output (rows, features) float32 without padding, whether they are logits).
+
+    Raises:
+        CalibrationError: there is no floating tensor in the output, or it is not finite.
+    """
+    found = floating_output(output)
+    if found is None:
+        raise CalibrationError(
+            f"the model returned a {type(output).__name__} without a floating tensor on calibration batch {batch}"
+        )
+    y = found.float()
+    if not torch.isfinite(y).all():
+        raise CalibrationError(f"the model's output is not finite on calibration batch {batch}")
+    mask = call.kwargs.get("attention_mask")
+    y = y[mask.bool()] if isinstance(mask, Tensor) and mask.shape == y.shape[:-1] else y.reshape(-1, y.shape[-1])
+    return y, field(output, "logits") is not None and y.shape[-1] > 1
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, run_batch
-from qkernels.quality import field, floating_output
+from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, predictions, run_batch
 
 # A mean of squares of so many scores is within a fifth of its expectation two times out of three.
 _SCORES = 64
@@ -163,25 +162,6 @@ def _too_many(found: Mapping[str, Trace], kept_bytes: int) -> list[str]:
         if total > kept_bytes and i:
             return list(found)[i:]
     return []
-
-
-def predictions(output: Any, call: Call, batch: int) -> tuple[Tensor, bool]:
-    """(the output (rows, features) float32 without padding, whether they are logits).
-
-    Raises:
-        CalibrationError: there is no floating tensor in the output, or it is not finite.
-    """
-    found = floating_output(output)
-    if found is None:
-        raise CalibrationError(
-            f"the model returned a {type(output).__name__} without a floating tensor on calibration batch {batch}"
-        )
-    y = found.float()
-    if not torch.isfinite(y).all():
-        raise CalibrationError(f"the model's output is not finite on calibration batch {batch}")
-    mask = call.kwargs.get("attention_mask")
-    y = y[mask.bool()] if isinstance(mask, Tensor) and mask.shape == y.shape[:-1] else y.reshape(-1, y.shape[-1])
-    return y, field(output, "logits") is not None and y.shape[-1] > 1
 
 
 def _loss(output: Any, call: Call, batch: int, generator: torch.Generator, totals: _Totals) -> Tensor:
