@@ -157,13 +157,13 @@ def write(path: pathlib.Path, record: Record) -> None:
 def newest(kind: str, folder: pathlib.Path = RESULTS) -> pathlib.Path | None:
     """The result file of a kind with the latest date, with most entries among those; None if there is none.
 
-    Entries are `problems` or `variants`; a file without any counts for nothing.
+    Entries are `problems`, `variants` or `entries`; a file without any counts for nothing.
     """
     found = []
     for path in folder.glob("*/*.json"):
         record = json.loads(path.read_text())
         if isinstance(record, dict) and record.get("kind") == kind:
-            entries = record.get("problems") or record.get("variants")
+            entries = record.get("problems") or record.get("variants") or record.get("entries")
             if entries:
                 found.append((record["date"], len(entries), path))
     return max(found)[-1] if found else None

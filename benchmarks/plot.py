@@ -1,10 +1,11 @@
-"""Pictures of result files, beside them: speed-up and share of the floor against M, and joules per token.
+"""Pictures of result files, beside them: speed-up and share of the floor against M, joules per token, accuracy.
 
     python -m benchmarks.plot                                            # the newest result file of each kind
     python -m benchmarks.plot benchmarks/results/nvidia-h200/*-full.json
 
 Each model and scheme of a file of benchmarks.matmul gives two PNGs, with a panel per layer and a line per provider; a
-file of benchmarks.energy gives one, with a bar per variant. What was refused is left out.
+file of benchmarks.energy gives one, with a bar per variant, and one of benchmarks.accuracy one, with a line per method.
+What was refused is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import harness, providers
+from benchmarks.subjects import SUBJECTS
 
 # provider -> color; the baseline is grey
 COLORS = {
@@ -33,6 +35,18 @@ COLORS = {
 FIGURES = {
     "speed-up": ("speed_up", "speed-up over bfloat16 cuBLAS, cold", True),
     "floor": ("eta", "floor / cold time", False),
+}
+# method of benchmarks.accuracy -> (color, marker, line): what is calibrated in full lines, other packages dotted
+METHOD_STYLES = {
+    "rtn": ("#9a9a9a", "o", "--"),
+    "default": ("#1f6fb2", "o", "--"),
+    "hqq": ("#7fb2d9", "v", "--"),
+    "plan": ("#4a8f4a", "D", "--"),
+    "gptq": ("#c8452c", "o", "-"),
+    "gptq, written": ("#d98a3d", "s", "-"),
+    "gptq, distilled": ("#7a1f12", "^", "-"),
+    "hqq package": ("#8a5aa5", "v", ":"),
+    "quanto": ("#b0a030", "s", ":"),
 }
 BASELINE_COLOR, OUR_COLOR, IDLE_COLOR = COLORS["cublas"], COLORS["qkernels"], "#e2e2e2"
 Lines = dict[str, dict[str, list[tuple[int, float]]]]
@@ -146,7 +160,46 @@ def draw_energy(record: harness.Record, path: pathlib.Path) -> Iterator[pathlib.
     yield picture
 
 
-DRAWERS = {"matmul": draw, "energy": draw_energy}  # kind of a result file -> what draws it
+def curves(record: harness.Record, model: str) -> dict[str, list[tuple[float, float]]]:
+    """{method: [(bits per weight, first score of the model)]} of a result file of benchmarks.accuracy, by bits."""
+    key = next(iter(SUBJECTS[model].metrics))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for entry in record["entries"]:
+        if entry["model"] == model and "skipped" not in entry:
+            found.setdefault(entry["method"], []).append((entry["bits_per_weight"], entry[key]))
+    return {method: sorted(points) for method, points in found.items()}
+
+
+def draw_accuracy(record: harness.Record, path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Draw a result file of benchmarks.accuracy: a panel for each model, a line for each method; less is better."""
+    from matplotlib.figure import Figure
+
+    models = list(record["models"])
+    figure: Any = Figure(figsize=(4.6 * len(models), 4.0), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for axes, model in zip(panels, models, strict=True):
+        for method, points in curves(record, model).items():
+            color, marker, style = METHOD_STYLES.get(method, ("#555555", "x", ":"))
+            (handles[method],) = axes.plot(
+                *zip(*points, strict=True), color=color, marker=marker, linestyle=style, markersize=5, linewidth=1.2
+            )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="y", color="#e8e8e8", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("bits per weight, scales and zeros counted", fontsize=9)
+        axes.set_ylabel(f"{next(iter(SUBJECTS[model].metrics.values()))} (lower is better)", fontsize=9)
+        axes.set_title(model, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    picture = path.with_name(f"{path.stem}-bits.png")
+    figure.savefig(picture, metadata={"Software": None})
+    yield picture
+
+
+DRAWERS = {"matmul": draw, "energy": draw_energy, "accuracy": draw_accuracy}  # kind of a result file -> what draws it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=pathlib.Path, help="result files of matmul or energy, or folders")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="result files, or folders")
     options = parser.parse_args(arguments)
     paths = options.files or [harness.RESULTS]
     files: list[pathlib.Path] = []

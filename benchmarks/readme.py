@@ -5,7 +5,7 @@ python -m benchmarks.readme --check    # only say whether it would change
 
 What kernels cost by their machine code stands in the result file of benchmarks.static_cost. Speed is that of the newest
 result file of benchmarks.matmul. While there is none, the floors stand there. Below it is what the newest files of
-benchmarks.model and benchmarks.energy say, where there are any.
+benchmarks.model and benchmarks.energy say, where there are any. Accuracy is that of the file of benchmarks.accuracy.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import floors, harness, matmul, providers
+from benchmarks import accuracy, floors, harness, matmul, peers, providers
 from benchmarks.static_cost import GPUS
+from benchmarks.subjects import SUBJECTS
 from qkernels.demo.story import COLUMNS, rows
 from qkernels.files import replacing
 
@@ -57,6 +58,11 @@ def with_speed(
 def with_static(readme: str, records: Sequence[dict[str, Any]]) -> str:
     """The README with the table of static costs between its markers."""
     return _between(readme, "static", static_table(records))
+
+
+def with_accuracy(readme: str, path: pathlib.Path | None) -> str:
+    """The README with the tables of the result file of benchmarks.accuracy between its markers, if there is one."""
+    return _between(readme, "accuracy", "" if path is None else accuracy_block(path))
 
 
 def _between(readme: str, name: str, text: str) -> str:
@@ -202,6 +208,54 @@ def energy_block(path: pathlib.Path) -> str:
     )
 
 
+def accuracy_block(path: pathlib.Path) -> str:
+    """What a result file of benchmarks.accuracy says: for each model, methods by schemes."""
+    record = json.loads(path.read_text())
+    blocks = []
+    for model, unquantized in record["models"].items():
+        metrics = SUBJECTS[model].metrics
+        entries = [e for e in record["entries"] if e["model"] == model and "skipped" not in e]
+        schemes = [s for s in accuracy.SCHEMES if any(e["scheme"] == s for e in entries)]
+        own = {e["scheme"]: e["bits_per_weight"] for e in entries if e["method"] in accuracy.OURS}
+        lines = []
+        for method in accuracy.METHODS:
+            found = {e["scheme"]: e for e in entries if e["method"] == method}
+            if found:
+                cells = (_accuracy_cell(found.get(scheme), list(metrics), own.get(scheme)) for scheme in schemes)
+                lines.append((method, *cells))
+        columns = ("method", *(f"{scheme}, {own[scheme]:.2f} bits" if scheme in own else scheme for scheme in schemes))
+        first = next(iter(metrics))
+        widest = max(e[f"{first}_error"] / e[first] for e in entries if e[first])
+        perplexity = f"; unquantized {unquantized['perplexity']:.2f}" if "perplexity" in metrics else ""
+        blocks.append(
+            f"{model}: {' / '.join(metrics.values())}{perplexity}; {unquantized['about']}.\n\n"
+            f"{markdown(columns, lines)}\nStandard errors of {metrics[first]} are at most {100 * widest:.1f} % of it.\n"
+        )
+    methods = {e["method"] for e in record["entries"]}
+    legend = "; ".join(f"{name}: {method.what}" for name, method in accuracy.OURS.items() if name in methods)
+    found_versions = {name: record["machine"].get(name) for name in peers.PACKAGES}
+    versions = ", ".join(f"{name} {version}" for name, version in found_versions.items() if version)
+    machine = record["machine"]
+    return (
+        "\n".join(blocks)
+        + f"\n{legend}. Bits per weight count scales and zeros; where another package takes more, its cell says so. "
+        f"float32 on {machine['threads']} threads of a CPU, torch {machine['torch']}, "
+        f"{versions or 'no other packages'}, {record['date']}.\n" + _pictures(path, "bits")
+    )
+
+
+def _accuracy_cell(entry: dict[str, Any] | None, metrics: Sequence[str], own_bits: float | None) -> str:
+    if entry is None:
+        return ""
+    scores = " / ".join(_score(entry[key]) for key in metrics)
+    bits = entry["bits_per_weight"]
+    return scores if own_bits is None or abs(bits - own_bits) < 0.005 else f"{scores} ({bits:.2f} bits)"
+
+
+def _score(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e5 else f"{value:.0f}" if value >= 1e3 else f"{value:.4g}"
+
+
 def _weights(variant: dict[str, Any]) -> str:
     return "bfloat16" if variant["scheme"] is None else str(variant["name"])
 
@@ -250,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = with_table(readme, json.loads(RESULT.read_text()))
     wanted = with_static(wanted, json.loads(STATIC.read_text()))
     wanted = with_speed(wanted, *map(harness.newest, KINDS))
+    wanted = with_accuracy(wanted, harness.newest("accuracy"))
     if options.check:
         print(
             "README.md is up to date" if readme == wanted else "README.md is out of date: python -m benchmarks.readme"
