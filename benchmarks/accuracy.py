@@ -65,7 +65,10 @@ OURS: Mapping[str, Method] = {
     "gptq, written": Method(
         "the same, on text that the model writes", {"method": "gptq", "calibration": "written"}, writes=True
     ),
-    "gptq, distilled": Method("then scales of all layers together", {"method": "gptq", "distill": 2}, on_text=True),
+    "gptq, rounded": Method(
+        "then 200 steps of SignRound in each block", {"method": "gptq", "rounding": 200}, on_text=True
+    ),
+    "gptq, distilled": Method("or scales of all layers together", {"method": "gptq", "distill": 2}, on_text=True),
 }
 METHODS = (*OURS, *peers.PEERS)
 

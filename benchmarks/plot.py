@@ -44,6 +44,7 @@ METHOD_STYLES = {
     "plan": ("#4a8f4a", "D", "--"),
     "gptq": ("#c8452c", "o", "-"),
     "gptq, written": ("#d98a3d", "s", "-"),
+    "gptq, rounded": ("#c2577f", "P", "-"),
     "gptq, distilled": ("#7a1f12", "^", "-"),
     "hqq package": ("#8a5aa5", "v", ":"),
     "quanto": ("#b0a030", "s", ":"),
