@@ -63,12 +63,14 @@ OURS: Mapping[str, Method] = {
     "plan": Method("a scheme for each layer, codes by default", planned=True),
     "gptq": Method("GPTQ and descent", {"method": "gptq"}, on_text=True),
     "gptq, written": Method(
-        "the same, on text that the model writes", {"method": "gptq", "calibration": "written"}, writes=True
+        "GPTQ and descent, on text that the model writes", {"method": "gptq", "calibration": "written"}, writes=True
     ),
     "gptq, rounded": Method(
-        "then 200 steps of SignRound in each block", {"method": "gptq", "rounding": 200}, on_text=True
+        "GPTQ, then 200 steps of SignRound in each block", {"method": "gptq", "rounding": 200}, on_text=True
     ),
-    "gptq, distilled": Method("or scales of all layers together", {"method": "gptq", "distill": 2}, on_text=True),
+    "gptq, distilled": Method(
+        "GPTQ, then scales of all layers together", {"method": "gptq", "distill": 2}, on_text=True
+    ),
 }
 METHODS = (*OURS, *peers.PEERS)
 

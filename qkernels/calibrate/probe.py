@@ -1,6 +1,7 @@
-"""How large the inputs of each Linear are, from batches or, where there are none, from random tokens.
+"""How large the inputs of each Linear are, and batches that tell it where a user has none.
 
-Random tokens need no text, yet show what decides most: which channels of the hidden states are always large.
+Text that a language model writes itself is near to what it was trained on. Random tokens show what decides most: which
+channels of the hidden states are always large.
 """
 
 from __future__ import annotations
