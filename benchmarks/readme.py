@@ -290,7 +290,9 @@ def _figure(problem: dict[str, Any], key: str, form: str) -> str:
 def _pictures(path: pathlib.Path, names: str) -> str:
     """Links to the pictures that benchmarks.plot has drawn of what the table shows; names is a pattern."""
     found = sorted(path.parent.glob(f"{path.stem}-{names}.png"))
-    shown = [picture.relative_to(ROOT) if picture.is_relative_to(ROOT) else picture for picture in found]
+    shown = [
+        picture.relative_to(harness.ROOT) if picture.is_relative_to(harness.ROOT) else picture for picture in found
+    ]
     return "".join(f"\n![{picture.stem}]({picture.as_posix()})\n" for picture in shown)
 
 

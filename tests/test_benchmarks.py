@@ -667,7 +667,8 @@ def test_the_readme_has_the_newest_result(
     assert len(shown) == 2
     assert all("w4g128" in picture.name for picture in shown)
     (tmp_path / "README.md").write_text(
-        f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n{EMPTY}"
+        f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n"
+        f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n{EMPTY}"
     )
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(harness, "newest", {"matmul": results}.get)

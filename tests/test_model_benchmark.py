@@ -381,7 +381,8 @@ def test_the_readme_has_decoding_and_energy(tmp_path: pathlib.Path, monkeypatch:
     assert f"({picture.as_posix()})" in readme.with_speed(empty, None, *files.values())
 
     (tmp_path / "README.md").write_text(
-        f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n{empty}"
+        f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n"
+        f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n{empty}"
     )
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(harness, "newest", lambda kind, newest=harness.newest: newest(kind, tmp_path))
