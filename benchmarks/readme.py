@@ -25,6 +25,7 @@ from qkernels.demo.story import COLUMNS, rows
 from qkernels.files import replacing
 
 ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks/results/demo/demo.json"
 MODEL, SCHEME = "Llama-3-8B", "w4g128"  # of the README's table of speed
 OURS = "qkernels"
@@ -290,9 +291,7 @@ def _figure(problem: dict[str, Any], key: str, form: str) -> str:
 def _pictures(path: pathlib.Path, names: str) -> str:
     """Links to the pictures that benchmarks.plot has drawn of what the table shows; names is a pattern."""
     found = sorted(path.parent.glob(f"{path.stem}-{names}.png"))
-    shown = [
-        picture.relative_to(harness.ROOT) if picture.is_relative_to(harness.ROOT) else picture for picture in found
-    ]
+    shown = [picture.relative_to(ROOT) if picture.is_relative_to(ROOT) else picture for picture in found]
     return "".join(f"\n![{picture.stem}]({picture.as_posix()})\n" for picture in shown)
 
 
@@ -301,8 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    readme = path.read_text()
+    readme = README.read_text()
     wanted = with_table(readme, json.loads(RESULT.read_text()))
     wanted = with_static(wanted, json.loads(STATIC.read_text()))
     wanted = with_speed(wanted, *map(harness.newest, KINDS))
@@ -312,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
             "README.md is up to date" if readme == wanted else "README.md is out of date: python -m benchmarks.readme"
         )
         return int(readme != wanted)
-    with replacing(path) as temporary:
+    with replacing(README) as temporary:
         temporary.write_text(wanted)
     return 0
 

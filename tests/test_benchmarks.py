@@ -670,7 +670,7 @@ def test_the_readme_has_the_newest_result(
         f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n"
         f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n{EMPTY}"
     )
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(harness, "newest", {"matmul": results}.get)
     assert readme.main([]) == 0
     written = (tmp_path / "README.md").read_text()
@@ -681,7 +681,7 @@ def test_the_readme_has_the_newest_result(
 def test_the_readme_is_checked(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (readme.ROOT / "README.md").read_text()
     assert readme.with_speed(text, *map(harness.newest, readme.KINDS)) == text
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     for changed, status in ((text, 0), (text.replace("<!-- speed:end -->", "x\n<!-- speed:end -->"), 1)):
         (tmp_path / "README.md").write_text(changed)
         assert readme.main(["--check"]) == status

@@ -385,6 +385,7 @@ def test_the_readme_has_decoding_and_energy(tmp_path: pathlib.Path, monkeypatch:
         f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n{empty}"
     )
     monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(harness, "newest", lambda kind, newest=harness.newest: newest(kind, tmp_path))
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0
