@@ -1,7 +1,7 @@
 """What each method loses at each scheme, on real models and texts; with other packages in the same run.
 
-python -m benchmarks.accuracy                                   # everything, hours on two cores
-python -m benchmarks.accuracy --schemes w4g128 --methods rtn search gptq
+python -m benchmarks.accuracy                                   # everything
+python -m benchmarks.accuracy --schemes w4g128 --methods rtn default gptq
 
 One result file holds one entry per model, scheme and method, and is written after each. The same command, run again,
 measures only what is missing; --again measures what it is told to, whatever there is.
@@ -17,7 +17,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from torch import nn
 from benchmarks import harness, peers
 from benchmarks.subjects import SUBJECTS, Encoder, LanguageModel, Subject
 from qkernels import tables
-from qkernels.model import quantize_model
+from qkernels.calibrate.probe import writes
+from qkernels.model import DEFAULT_SKIP, quantize_model, select
 from qkernels.nn import QuantLinear, places
 from qkernels.planning.plan import plan
 from qkernels.planning.result import Plan
@@ -98,8 +99,7 @@ def quantized(subject: Subject, scheme: Scheme, method: str) -> Made:
         options["calibration"] = subject.calibration
     planned: Scheme | Plan = scheme
     if OURS[method].planned:
-        linears = list(_linears(model))
-        target = sum(stored_bytes(scheme, linear.out_features, linear.in_features) for linear in linears)
+        target = sum(stored_bytes(scheme, linear.out_features, linear.in_features) for linear in _linears(model))
         planned = plan(model, target_bytes=target, progress=False)
     report = quantize_model(model, planned, progress=False, **options)
     where = places(model)
@@ -124,17 +124,15 @@ def _by_peer(model: nn.Module, scheme: Scheme, peer: str) -> Made:
     return Made(model, bits / weights, layers, error)
 
 
-def _linears(model: nn.Module) -> Iterator[nn.Linear]:
+def _linears(model: nn.Module) -> list[nn.Linear]:
     """Those that quantize_model takes by default."""
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
-            yield module
+    return [linear for linear, _ in select(model, Scheme.parse("w8c"), DEFAULT_SKIP, {})[0].values()]
 
 
 def refusal(subject: Subject, scheme: Scheme, method: str) -> str | None:
     """Why a method does not take part, or None."""
     if method not in peers.PEERS:
-        return "the model writes no text" if OURS[method].writes and not hasattr(subject.model, "lm_head") else None
+        return "the model writes no text" if OURS[method].writes and not writes(subject.model) else None
     reasons = (peers.refusal(method, scheme, linear.in_features) for linear in _linears(subject.model))
     return next((reason for reason in reasons if reason), None)
 

@@ -167,7 +167,7 @@ def quantize_model(
             To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; their default
             is a little written text, else "random", where that is possible.
         rounding: steps, after "gptq", of moving all codes of a block together down the gradient of its output's error;
-            200 are usual, and pay at 3 bits and below. Each takes a backward pass of the block for a batch.
+            200 are usual. Each takes a backward pass of the block for a batch.
         distill: how many times to go through the calibration batches once codes are chosen, with the model as the
             teacher, to set the scales of all layers together so that its output comes out as before. Takes a backward
             pass of the whole model for each batch, and a second set of weights.

@@ -49,7 +49,7 @@ def test_each_step_loses_less_at_the_output(text: str) -> None:
     nearest, searched = (fit(w, scheme, method, importance) for method, importance in
                          (("rtn", None), ("search", h.diagonal())))  # fmt: skip
     losses = [_loss(w, reference.encode(w, *found, scheme), *found, scheme, h).sum() for found in (nearest, searched)]
-    grid = gptq_module._Grid(scheme, *searched, 80)
+    grid = gptq_module.Grid(scheme, *searched, 80)
     spread = gptq_module._spread_errors(w.T.contiguous(), h, grid).T.to(torch.uint8).contiguous()
     losses.append(_loss(w, spread, *searched, scheme, h).sum())
     code, scale, zero = gptq(w, x.T @ x, scheme)
@@ -67,7 +67,7 @@ def test_errors_spread_as_in_a_plain_implementation(text: str, monkeypatch: pyte
     scheme, w, x = Scheme.parse(text), torch.randn(6, 80), _inputs(200, 80)
     h = damped(x.T @ x, 0.01)
     scale, zero = fit(w, scheme, "search", h.diagonal())
-    code = gptq_module._spread_errors(w.T.contiguous(), h, gptq_module._Grid(scheme, scale, zero, 80)).T
+    code = gptq_module._spread_errors(w.T.contiguous(), h, gptq_module.Grid(scheme, scale, zero, 80)).T
     order = torch.argsort(h.diagonal(), descending=True, stable=True).numpy()
     inverse = np.linalg.inv(h.double().numpy())
     rest, length = w.double().numpy().copy(), scheme.group_length(80)
@@ -100,7 +100,7 @@ def test_scales_are_the_least_squares_solution() -> None:
     scale, zero = fit(w, scheme)
     code = reference.encode(w, scale, zero, scheme)
     found = gptq_module._best_scales(
-        w.T.contiguous(), h, gptq_module._Grid(scheme, scale, zero, 80), code.T.float().contiguous()
+        w.T.contiguous(), h, gptq_module.Grid(scheme, scale, zero, 80), code.T.float().contiguous()
     )
     assert zero is not None
     for row in range(3):
@@ -116,7 +116,7 @@ def test_scales_are_the_least_squares_solution() -> None:
 def test_a_sweep_never_loses() -> None:
     scheme, w, x = Scheme.parse("w2g32"), torch.randn(16, 80), _inputs(200, 80)
     h = damped(x.T @ x, 0.01)
-    grid = gptq_module._Grid(scheme, *fit(w, scheme), 80)
+    grid = gptq_module.Grid(scheme, *fit(w, scheme), 80)
     code = reference.encode(w, grid.scale, grid.zero, scheme).T.float().contiguous()
     losses = []
     for _ in range(4):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import packing, reference
-from qkernels.calibrate.walk import Batch, Call, as_calls, evaluating, predictions, run_batch
+from qkernels.calibrate.walk import Batch, Call, as_calls, evaluating, frozen, predictions, run_batch
 from qkernels.fit import store_scale
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
@@ -88,15 +88,10 @@ class _Layer:
         with torch.no_grad():
             scale, zero = self.meta()
             scheme = self.weight.scheme
-            if self.has_offsets and zero is not None:
+            if self.has_offsets and zero is not None and self.weight.zero is not None:
                 offset = zero.to(scheme.scale_dtype)
-                zero = torch.where(torch.isfinite(offset), offset, _given(self.weight.zero))
+                zero = torch.where(torch.isfinite(offset), offset, self.weight.zero)
             return dataclasses.replace(self.weight, scale=store_scale(scale, self.weight.scale, scheme), zero=zero)
-
-
-def _given(zero: Tensor | None) -> Tensor:
-    assert zero is not None
-    return zero
 
 
 def distill(
@@ -132,32 +127,26 @@ def distill(
     optimizer = torch.optim.Adam([p for layer in layers.values() for p in layer.parameters], lr=_RATE, betas=_BETAS)
     steps = epochs * len(calls)
     order = torch.Generator().manual_seed(0)
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        with evaluating(model), tqdm(total=steps, desc="distilling", unit="batch", disable=not progress) as bar:
-            before = _mean_loss(model, calls, {place: weights[name][1] for place, name in places.items()})
-            for step in range(steps):
-                if step % len(calls) == 0:
-                    shuffled = torch.randperm(len(calls), generator=order).tolist()
-                share = min(1.0, (step + 1) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-                for group in optimizer.param_groups:
-                    group["lr"] = _RATE * share
-                i = shuffled[step % len(calls)]
-                with torch.enable_grad():
-                    decoded = {name: layer.decoded() for name, layer in layers.items()}
-                    loss = _loss(model, calls[i], i, {place: decoded[name] for place, name in places.items()})
-                    optimizer.zero_grad()
-                    loss.backward()
-                optimizer.step()
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-                bar.update()
-            stored = {name: layer.stored() for name, layer in layers.items()}
-            after = _mean_loss(model, calls, {place: stored[name] for place, name in places.items()})
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    bar = tqdm(total=steps, desc="distilling", unit="batch", disable=not progress)
+    with evaluating(model), frozen(model), bar:
+        before = _mean_loss(model, calls, {place: weights[name][1] for place, name in places.items()})
+        for step in range(steps):
+            if step % len(calls) == 0:
+                shuffled = torch.randperm(len(calls), generator=order).tolist()
+            share = min(1.0, (step + 1) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * share
+            i = shuffled[step % len(calls)]
+            with torch.enable_grad():
+                decoded = {name: layer.decoded() for name, layer in layers.items()}
+                loss = _loss(model, calls[i], i, {place: decoded[name] for place, name in places.items()})
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+            bar.update()
+        stored = {name: layer.stored() for name, layer in layers.items()}
+        after = _mean_loss(model, calls, {place: stored[name] for place, name in places.items()})
     return stored if after < before else {name: weight for name, (_, weight) in weights.items()}
 
 

@@ -29,7 +29,7 @@ class SingularHessianError(ValueError):
 
 
 @dataclasses.dataclass
-class _Grid:
+class Grid:
     """Scales and zeros spread over columns: what a code of (n, k) means."""
 
     scheme: Scheme
@@ -71,7 +71,7 @@ def gptq(
     h = damped(hessian, damping)
     scale, zero = fit(w, scheme, "search", importance=h.diagonal())
     target = w.float().T.contiguous()  # (K, N): a column of w is a row in memory
-    grid = _Grid(scheme, scale, zero, w.shape[1])
+    grid = Grid(scheme, scale, zero, w.shape[1])
     code = _spread_errors(target, h, grid)
     code, scale = _descend(target, h, grid, code)
     return code.T.to(torch.uint8).contiguous(), scale, zero
@@ -89,7 +89,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return h + torch.diag(torch.where(dead, 1.0, damping).to(h))
 
 
-def _spread_errors(target: Tensor, h: Tensor, grid: _Grid) -> Tensor:
+def _spread_errors(target: Tensor, h: Tensor, grid: Grid) -> Tensor:
     """Codes (K, N) float32 by GPTQ, columns of large H first."""
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     factor, failed = torch.linalg.cholesky_ex(h[order][:, order])
@@ -114,7 +114,7 @@ def _spread_errors(target: Tensor, h: Tensor, grid: _Grid) -> Tensor:
     return unsorted
 
 
-def _descend(target: Tensor, h: Tensor, grid: _Grid, code: Tensor) -> tuple[Tensor, Tensor]:
+def _descend(target: Tensor, h: Tensor, grid: Grid, code: Tensor) -> tuple[Tensor, Tensor]:
     """Better (codes, scales) from these, each row of w for itself: scales for the codes, codes for the scales."""
     best_code, best_scale = code.clone(), grid.scale.clone()
     per_row = grid.scheme.group_size != "tensor"
@@ -134,18 +134,18 @@ def _descend(target: Tensor, h: Tensor, grid: _Grid, code: Tensor) -> tuple[Tens
     return best_code, best_scale
 
 
-def _values(code: Tensor, grid: _Grid) -> Tensor:
+def _values(code: Tensor, grid: Grid) -> Tensor:
     step, base = grid.steps(code.shape[1])
     return reference.value_(code.clone(), step, base, grid.scheme)
 
 
-def _loss(target: Tensor, h: Tensor, grid: _Grid, code: Tensor) -> Tensor:
+def _loss(target: Tensor, h: Tensor, grid: Grid, code: Tensor) -> Tensor:
     """(N,): e H e^T of each row of w."""
     miss = target - _values(code, grid)
     return (miss * (h @ miss)).sum(0)
 
 
-def _best_scales(target: Tensor, h: Tensor, grid: _Grid, code: Tensor) -> Tensor:
+def _best_scales(target: Tensor, h: Tensor, grid: Grid, code: Tensor) -> Tensor:
     """(groups, N) scales that suit the codes best at the output, all groups of a row together: least squares."""
     _, base = grid.steps(code.shape[1])
     offset = grid.scheme.value_map == "offset"
@@ -172,7 +172,7 @@ def _best_scales(target: Tensor, h: Tensor, grid: _Grid, code: Tensor) -> Tensor
     return store_scale(exact, grid.scale, grid.scheme)
 
 
-def _sweep(target: Tensor, h: Tensor, grid: _Grid, code: Tensor) -> Tensor:
+def _sweep(target: Tensor, h: Tensor, grid: Grid, code: Tensor) -> Tensor:
     """Each column's codes in turn: the nearest to what the others leave for it. No step raises the loss."""
     code = code.clone()
     step, base = grid.steps(code.shape[1])

@@ -36,6 +36,12 @@ def random_batches(model: nn.Module) -> list[Tensor] | None:
     return list(tokens.split(1))
 
 
+def writes(model: nn.Module) -> bool:
+    """Whether it is one of transformers' models that can generate."""
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate())
+
+
 def written_batches(model: nn.Module, sequences: int = _WRITTEN, length: int = _WRITTEN_LENGTH) -> list[Tensor] | None:
     """Batches (some sequences, tokens) of text that the model writes itself, the same each time; None unless it can.
 
@@ -45,9 +51,8 @@ def written_batches(model: nn.Module, sequences: int = _WRITTEN, length: int = _
     Raises:
         CalibrationError: the model's `generate` fails.
     """
-    can_generate = getattr(model, "can_generate", None)
     batches = random_batches(model)
-    if batches is None or not callable(can_generate) or not can_generate():
+    if batches is None or not writes(model):
         return None
     length = min(length, batches[0].shape[1])
     written: Any = model

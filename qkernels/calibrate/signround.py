@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import packing, reference
+from qkernels.calibrate.gptq import Grid
 from qkernels.calibrate.walk import CalibrationError, Call
 from qkernels.fit import store_scale
 from qkernels.quality import floating_output
@@ -33,28 +34,19 @@ class _Layer:
         self.weight, self.dtype = weight, original.dtype
         scheme, shape = weight.scheme, original.shape
         code = packing.unpack(weight.packed, scheme.bits, shape[1]).float()
-        # of every weight; bases are zeros or offsets
-        self.base = self._spread(weight.zero, shape, scheme.center)
-        self.step = self._spread(weight.scale, shape, 0)
+        self.grid = Grid(scheme, weight.scale, weight.zero, shape[1])
+        step, base = self._steps(self.grid)
         target = original.detach().float()
-        exact = (target - self.base) / self.step if self._offset else target / self.step + self.base
+        exact = (target - base) / step if scheme.value_map == "offset" else target / step + base
         # Ties may go either way: a weight on the verge is a hair inside of its own code.
         self.position = code + (exact - code).clamp_(-0.499, 0.499)
         self.shift = torch.zeros_like(self.position).requires_grad_()
         self.change = torch.zeros_like(weight.scale, dtype=torch.float32).requires_grad_()
 
-    @property
-    def _offset(self) -> bool:
-        return self.weight.scheme.value_map == "offset"
-
-    def _spread(self, values: Tensor | None, shape: torch.Size, otherwise: int) -> Tensor:
-        """(groups, N) as float32 (N, K)."""
-        if values is None:
-            return torch.full(shape, float(otherwise), device=self.weight.packed.device)
-        found = torch.empty(shape, device=values.device)
-        for view, groups in reference.by_group(found, self.weight.scheme):
-            view.copy_(reference.per_group(values, groups).expand_as(view))
-        return found
+    def _steps(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """(step, base) of every weight, (N, K) float32; bases are zeros or offsets."""
+        step, base = grid.steps(self.weight.shape[0])
+        return step.T, base.T
 
     def codes(self) -> Tensor:
         """float32 codes, through whose rounding gradients pass; not where they are clipped."""
@@ -62,15 +54,12 @@ class _Layer:
         moved = (self.position + self.shift).clamp(scheme.code_min, scheme.code_max)
         return moved + (moved.detach().round() - moved.detach())
 
-    def decoded(self) -> Tensor:
-        step = self.step * (1 + self._spread_change())
-        code = self.codes()
-        return (code * step + self.base if self._offset else (code - self.base) * step).to(self.dtype)
+    def scale(self) -> Tensor:
+        return self.weight.scale.float() * (1 + self.change)
 
-    def _spread_change(self) -> Tensor:
-        length = max(1, self.weight.scheme.group_length(self.step.shape[1]))
-        group = torch.arange(self.step.shape[1], device=self.step.device) // length
-        return self.change[group].T.expand(self.step.shape)
+    def decoded(self) -> Tensor:
+        step, base = self._steps(dataclasses.replace(self.grid, scale=self.scale()))
+        return reference.value_(self.codes(), step, base, self.weight.scheme).to(self.dtype)
 
     @torch.no_grad()
     def descend(self, rate: float) -> None:
@@ -83,9 +72,9 @@ class _Layer:
     @torch.no_grad()
     def stored(self) -> QTensor:
         """The weight as it is now, scales rounded to their storage dtype."""
-        scheme, old = self.weight.scheme, self.weight.scale
+        scheme = self.weight.scheme
         code = self.codes().to(torch.uint8).contiguous()
-        scale = store_scale(old.float() * (1 + self.change), old, scheme)
+        scale = store_scale(self.scale(), self.weight.scale, scheme)
         return dataclasses.replace(self.weight, packed=packing.pack(code, scheme.bits), scale=scale)
 
 

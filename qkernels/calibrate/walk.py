@@ -209,6 +209,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache  # type: ignore[union-attr]
 
 
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Meanwhile parameters get no gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_()
+
+
 def hidden_of(output: Any) -> Any:
     """The hidden states that a block returns: its output or the first of it."""
     return output[0] if isinstance(output, (tuple, list)) else output

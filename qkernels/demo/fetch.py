@@ -58,23 +58,20 @@ MINILM = Source(
     },
     licence="Apache-2.0",
 )
-_TEXTS, _TEXTS_FOLDER = "brotli==1.2.1", "brotli-1.2.1/tests/testdata"
-_TEXTS_SHA256 = "02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de"
+_TEXTS_FOLDER = "brotli-1.2.1/tests/testdata"
 LCET10 = Source(
     name="lcet10.txt",
-    requirement=_TEXTS,
+    requirement="brotli==1.2.1",
     wheel=False,
-    archive_sha256=_TEXTS_SHA256,
+    archive_sha256="02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
     members={
         f"{_TEXTS_FOLDER}/lcet10.txt": "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f",
     },
     licence="public domain (a report of the Library of Congress, 1992)",
 )
-OTHER_TEXTS = Source(
+OTHER_TEXTS = dataclasses.replace(
+    LCET10,
     name="texts",
-    requirement=_TEXTS,
-    wheel=False,
-    archive_sha256=_TEXTS_SHA256,
     members={
         f"{_TEXTS_FOLDER}/alice29.txt": "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0",
         f"{_TEXTS_FOLDER}/asyoulik.txt": "eaa3526fe53859f34ecdf255712f9ecf0b2c903451d4755b2edaa2e2599cb0fc",

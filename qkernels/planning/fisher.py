@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, predictions, run_batch
+from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, frozen, predictions, run_batch
 
 # A mean of squares of so many scores is within a fifth of its expectation two times out of three.
 _SCORES = 64
@@ -135,7 +135,13 @@ def _run(
     totals = _Totals()
     found = {name: Trace(totals) for name in linears}
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
-    with _watching(model, linears, found) as watch, evaluating(model), _frozen(model):
+    with (
+        _watching(model, linears, found) as watch,
+        evaluating(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        frozen(model),
+    ):
         for i, call in enumerate(calls):
             watch.batch, watch.sequences, watch.roots, watch.last = i, _sequences(call), [], None
             output = run_batch(model, call, i)
@@ -222,20 +228,6 @@ def _watching(model: nn.Module, linears: Mapping[str, nn.Linear], found: Mapping
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Meanwhile gradients are recorded, but none for parameters."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with torch.inference_mode(False), torch.enable_grad():
-        for p in trained:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in trained:
-                p.requires_grad_()
 
 
 def _sequences(call: Call) -> int:
