@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import os
@@ -16,6 +17,8 @@ from qkernels import fit, reference, tables
 from qkernels.calibrate.blocks import calibrate
 from qkernels.calibrate.distill import distill as distilled
 from qkernels.calibrate.probe import importances, random_batches, written_batches
+from qkernels.calibrate.smooth import METHODS as SMOOTHINGS
+from qkernels.calibrate.smooth import smoothed
 from qkernels.calibrate.walk import Batch, CalibrationError
 from qkernels.checks import DTYPES
 from qkernels.merge import SIBLINGS, Merged, check_groups, merge_siblings
@@ -141,6 +144,7 @@ def quantize_model(
     *,
     method: str | None = None,
     calibration: Iterable[Batch] | Literal["random", "written"] | None = None,
+    smooth: str | None = None,
     rounding: int = 0,
     distill: int = 0,
     resume: str | os.PathLike[str] | None = None,
@@ -166,6 +170,11 @@ def quantize_model(
             language model writes itself. "gptq" needs one of them.
             To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; their default
             is a little written text, else "random", where that is possible.
+        smooth: "awq" or "smoothquant", before any method: columns of weights are multiplied by powers of two, and what
+            gives these inputs (a norm or another Linear, which shows itself when the model runs) is divided by them, so
+            that the unquantized model keeps every bit. "awq" makes codes finest where inputs are large; "smoothquant"
+            shares outliers between inputs and weights, which pays where inputs are quantized, too. The report says
+            which layers were scaled. By default the batches are those of "search".
         rounding: steps, after "gptq", of moving all codes of a block together down the gradient of its output's error;
             200 are usual. Each takes a backward pass of the block for a batch.
         distill: how many times to go through the calibration batches once codes are chosen, with the model as the
@@ -193,7 +202,7 @@ def quantize_model(
     QuantLinear(in_features=128, out_features=10, bias=True, scheme='w8c')
     """
     start = time.perf_counter()
-    check_method(method, calibration, resume, rounding, distill)
+    check_method(method, calibration, resume, rounding, distill, smooth)
     patterns = dict(schemes or {})
     if isinstance(scheme, Plan):
         for pattern, planned in scheme.schemes.items():
@@ -206,22 +215,28 @@ def quantize_model(
         check_quantizable(name, linear, chosen)
     where = places(model)
     layers = []
-    for name, qweight, used in _quantized(model, plan, method, calibration, rounding, distill, resume, progress):
-        linear, chosen = plan.pop(name)
-        weight = linear.weight.detach()
-        layers.append(
-            LayerReport(
-                name=name,
-                scheme=str(chosen),
-                shape=(linear.out_features, linear.in_features),
-                original_bytes=weight.nbytes,
-                nbytes=qweight.nbytes,
-                error=qweight.error(weight),
-                method=used,
+    batches = None
+    if method != "rtn" or smooth or distill:
+        batches = batches_of(model, calibration)
+    if isinstance(batches, Iterator) and (smooth or distill):
+        batches = list(batches)  # they are gone through again
+    with _smoothed(model, plan, batches, smooth, progress) as scaled:
+        for name, qweight, used in _quantized(model, plan, method, batches, rounding, distill, resume, progress):
+            linear, chosen = plan.pop(name)
+            weight = linear.weight.detach()
+            layers.append(
+                LayerReport(
+                    name=name,
+                    scheme=str(chosen),
+                    shape=(linear.out_features, linear.in_features),
+                    original_bytes=weight.nbytes,
+                    nbytes=qweight.nbytes,
+                    error=qweight.error(weight),
+                    method=f"{smooth}, {used}" if name in scaled else used,
+                )
             )
-        )
-        put(QuantLinear(qweight, linear.bias).train(linear.training), where.pop(linear))
-        del linear, weight  # the float weight goes before the next layer comes
+            put(QuantLinear(qweight, linear.bias).train(linear.training), where.pop(linear))
+            del linear, weight  # the float weight goes before the next layer comes
     merged = merge_siblings(model, groups) if groups else None
     return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start, merged)
 
@@ -232,6 +247,7 @@ def check_method(
     resume: str | os.PathLike[str] | None = None,
     rounding: int = 0,
     distill: int = 0,
+    smooth: str | None = None,
 ) -> None:
     """Raise ValueError unless a method is known and has the calibration that it needs."""
     if method is not None and method not in METHODS:
@@ -248,24 +264,43 @@ def check_method(
         raise ValueError(f"rounding is for method 'gptq', which works block by block; got method={method!r}")
     if distill and calibration is None:
         raise ValueError("distill needs calibration: batches to call the model with, 'written' or 'random'")
-    if method == "rtn" and calibration is not None and not distill:
+    if smooth is not None and smooth not in SMOOTHINGS:
+        raise ValueError(f"smooth must be one of {', '.join(map(repr, SMOOTHINGS))}, got {smooth!r}")
+    if method == "rtn" and calibration is not None and not distill and not smooth:
         raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
+
+
+@contextlib.contextmanager
+def _smoothed(
+    model: nn.Module,
+    plan: Mapping[str, tuple[nn.Linear, Scheme]],
+    batches: Iterable[Batch] | None,
+    smooth: str | None,
+    progress: bool,
+) -> Iterator[set[str]]:
+    """Names of Linears whose columns were scaled; what the body raises undoes it."""
+    if smooth is None:
+        yield set()
+        return
+    if batches is None:
+        raise ValueError(f"smooth={smooth!r} needs calibration: batches to call the model with")
+    with smoothed(model, plan, batches, smooth, progress) as scaled:
+        for name, (linear, scheme) in plan.items():  # before any layer is replaced
+            check_quantizable(name, linear, scheme)
+        yield scaled
 
 
 def _quantized(
     model: nn.Module,
     plan: Mapping[str, tuple[nn.Linear, Scheme]],
     method: str | None,
-    calibration: Iterable[Batch] | str | None,
+    batches: Iterable[Batch] | None,
     rounding: int,
     distill: int,
     resume: str | os.PathLike[str] | None,
     progress: bool,
 ) -> Iterator[tuple[str, QTensor, str]]:
     """(name, weight, method) of each layer of the plan; all that may fail on a batch has run before the first comes."""
-    if distill and isinstance(calibration, Iterator):
-        calibration = list(calibration)  # it is gone through again
-    batches = None if method == "rtn" and not distill else batches_of(model, calibration)
     if method == "gptq":
         assert batches is not None
         done = calibrate(model, plan, batches, rounding=rounding, folder=resume, progress=progress)

@@ -27,9 +27,8 @@ from qkernels.calibrate.walk import (
     as_calls,
     evaluating,
     find_blocks,
-    hidden_of,
     input_until,
-    inputs_of,
+    observe,
     record,
 )
 from qkernels.fit import fit
@@ -134,21 +133,15 @@ def _block(
     inside = {path: m for path, m in block.module.named_modules() if m in named}
     twin = copy.deepcopy(block.module)  # its weights become the quantized ones, step by step
     twins = {path: twin.get_submodule(path) for path in inside}
-    inputs, outputs = [], []
-    steps: list[list[str]] = []
-    for call, hidden in zip(block.calls, original, strict=True):
-        found, groups, output = inputs_of(block.module, inside, call, hidden)
-        inputs.append(found)
-        outputs.append(floating_output(output) if hidden is None else hidden_of(output))
-        known = {path for step in steps for path in step}
-        steps += [fresh for group in groups if (fresh := [path for path in group if path not in known])]
-    for step in steps:
-        _step(block, step, inside, named, plan, twin, twins, inputs, quantized, mismatch, done)
+    seen = observe(block, inside, original)
+    for step in seen.steps:
+        _step(block, step, inside, named, plan, twin, twins, seen.inputs, quantized, mismatch, done)
     if rounding:
-        _round(block, inside, named, twin, twins, quantized, outputs, rounding, done)
+        _round(block, inside, named, twin, twins, quantized, seen.outputs, rounding, done)
     if original[0] is None:  # the whole model was one block
         return original, quantized
-    return outputs, [hidden_of(c.run(twin, hidden)) for c, hidden in zip(block.calls, quantized, strict=True)]
+    after = [floating_output(call.run(twin, hidden)) for call, hidden in zip(block.calls, quantized, strict=True)]
+    return seen.outputs, after
 
 
 def _round(

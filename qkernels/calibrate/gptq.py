@@ -20,7 +20,7 @@ from qkernels.fit import fit, store_scale
 from qkernels.scheme import Scheme
 
 DAMPING = 0.01
-_BLOCK = 128  # columns between two updates of all the others
+_BLOCK = 64  # columns between two updates of all the others; what they leave in between stays in a CPU's cache
 _ROUNDS = 6  # of scales and codes in turn
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qkernels.calibrate.walk import Batch, CalibrationError, as_calls, evaluating, rows, run_batch
 
 _RANDOM_BATCHES, _RANDOM_LENGTH = 8, 256
-_WRITTEN, _WRITTEN_LENGTH, _WRITTEN_AT_ONCE = 32, 64, 8
+_WRITTEN, _WRITTEN_LENGTH = 32, 64
+_TOKENS_AT_ONCE = 512  # of a batch of written text
 
 
 def random_batches(model: nn.Module) -> list[Tensor] | None:
@@ -69,7 +70,7 @@ def written_batches(model: nn.Module, sequences: int = _WRITTEN, length: int = _
             raise CalibrationError(
                 f"the model fails to write text: {type(error).__name__}: {error}; calibration='random' does without"
             ) from error
-    return list(tokens.split(_WRITTEN_AT_ONCE))
+    return list(tokens.split(max(1, _TOKENS_AT_ONCE // length)))
 
 
 @torch.no_grad()
@@ -80,12 +81,13 @@ def importances(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Ite
         CalibrationError: batches are none or empty, the model fails on one, or inputs of a layer are not finite.
     """
     calls = as_calls(batches, model)
+    masks: list[Tensor | None] = []  # of the batches so far
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = rows(args[0])
+            x = rows(args[0].detach(), masks[-1])
             sums[name] = sums[name] + x.square().sum(0) if name in sums else x.square().sum(0)
             counts[name] = counts.get(name, 0) + x.shape[0]
 
@@ -95,6 +97,7 @@ def importances(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Ite
     try:
         with evaluating(model):
             for i, call in enumerate(calls):
+                masks.append(call.mask)
                 run_batch(model, call, i)
     finally:
         for handle in handles:

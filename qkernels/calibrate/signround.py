@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qkernels import packing, reference
 from qkernels.calibrate.gptq import Grid
-from qkernels.calibrate.walk import CalibrationError, Call
+from qkernels.calibrate.walk import CalibrationError, Call, rows
 from qkernels.fit import store_scale
 from qkernels.quality import floating_output
 from qkernels.tensor import QTensor
@@ -105,7 +105,7 @@ def round_together(
         i = step % len(calls)
         with torch.enable_grad():
             found = _output(block, {path: layer.decoded() for path, layer in layers.items()}, calls[i], hidden[i])
-            loss = nn.functional.mse_loss(found.float(), wanted[i].float())
+            loss = nn.functional.mse_loss(rows(found, calls[i].mask), rows(wanted[i], calls[i].mask))
             loss.backward()
         for layer in layers.values():
             layer.descend((1 - step / steps) / steps)
@@ -125,7 +125,7 @@ def _total(
 ) -> float:
     decoded = {path: weight.dequantize(weights[path][0].dtype) for path, weight in chosen.items()}
     misses = (
-        (_output(block, decoded, call, x).float() - y.float()).square().sum(dtype=torch.float64)
+        (rows(_output(block, decoded, call, x), call.mask) - rows(y, call.mask)).square().sum(dtype=torch.float64)
         for call, x, y in zip(calls, hidden, wanted, strict=True)
     )
     return float(sum(misses))

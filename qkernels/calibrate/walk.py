@@ -25,10 +25,17 @@ class CalibrationError(ValueError):
 
 @dataclasses.dataclass
 class Call:
-    """What a module is called with, but for the hidden states that come first."""
+    """What a module is called with, but for the hidden states that come first.
+
+    Attributes:
+        args: positional.
+        kwargs: by name.
+        mask: (batch, tokens), zero for padding, which counts nowhere; None if there is none.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    mask: Tensor | None = None
 
     def run(self, module: nn.Module, hidden: Tensor | None) -> Any:
         """The module's output; without hidden states the arguments are whole."""
@@ -89,7 +96,14 @@ def _moved(call: Call, device: torch.device) -> Call:
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    return Call(tuple(map(move, call.args)), {k: move(v) for k, v in call.kwargs.items()})
+    kwargs = {k: move(v) for k, v in call.kwargs.items()}
+    return Call(tuple(map(move, call.args)), kwargs, padding(kwargs))
+
+
+def padding(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The attention_mask (batch, tokens) in what a model is called with, if there is such a one."""
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def find_blocks(model: nn.Module, linears: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -142,12 +156,13 @@ def _record_one(model: nn.Module, stages: list[Block], call: Call, first: list[T
                 first.append(hidden.clone())
             # A cache would grow with every run of the block.
             rest = {k: None if k in ("past_key_values", "past_key_value", "layer_past") else v for k, v in rest.items()}
-            stages[stage].calls.append(Call(args[1:], {k: False if k == "use_cache" else v for k, v in rest.items()}))
+            rest = {k: False if k == "use_cache" else v for k, v in rest.items()}
+            stages[stage].calls.append(Call(args[1:], rest, call.mask))
 
         return hook
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
-        last[0] = hidden_of(output)
+        last[0] = floating_output(output)
 
     handles = []
     for stage, block in enumerate(stages):
@@ -186,9 +201,7 @@ def predictions(output: Any, call: Call, batch: int) -> tuple[Tensor, bool]:
     y = found.float()
     if not torch.isfinite(y).all():
         raise CalibrationError(f"the model's output is not finite on calibration batch {batch}")
-    mask = call.kwargs.get("attention_mask")
-    y = y[mask.bool()] if isinstance(mask, Tensor) and mask.shape == y.shape[:-1] else y.reshape(-1, y.shape[-1])
-    return y, field(output, "logits") is not None and y.shape[-1] > 1
+    return rows(y, call.mask), field(output, "logits") is not None and y.shape[-1] > 1
 
 
 @contextlib.contextmanager
@@ -222,9 +235,31 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_()
 
 
-def hidden_of(output: Any) -> Any:
-    """The hidden states that a block returns: its output or the first of it."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+@dataclasses.dataclass
+class Observed:
+    """What goes through a block, over all batches.
+
+    Attributes:
+        inputs: {path of a Linear: (tokens, K) float32} for each batch; it lacks those that are not reached.
+        steps: paths of Linears that read one input together, in order.
+        outputs: the block's hidden states, for each batch.
+    """
+
+    inputs: list[dict[str, Tensor]]
+    steps: list[list[str]]
+    outputs: list[Any]
+
+
+def observe(block: Block, linears: Mapping[str, nn.Module], hidden: Sequence[Tensor | None]) -> Observed:
+    """Run a block over all batches and watch some of its Linears, {path in the block: Linear}."""
+    found = Observed([], [], [])
+    for call, states in zip(block.calls, hidden, strict=True):
+        inputs, groups, output = inputs_of(block.module, linears, call, states)
+        found.inputs.append(inputs)
+        found.outputs.append(floating_output(output))
+        known = {path for step in found.steps for path in step}
+        found.steps += [fresh for group in groups if (fresh := [path for path in group if path not in known])]
+    return found
 
 
 def inputs_of(
@@ -237,7 +272,8 @@ def inputs_of(
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            inputs[name] = torch.cat([inputs[name], rows(x)]) if name in inputs else rows(x)
+            own = rows(x.detach(), call.mask)
+            inputs[name] = torch.cat([inputs[name], own]) if name in inputs else own
             names = next((names for known, names in shared if known is x), None)
             if names is None:
                 shared.append((x, [name]))
@@ -267,7 +303,7 @@ def input_until(module: nn.Module, linear: nn.Module, call: Call, hidden: Tensor
     found: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(rows(args[0]))
+        found.append(rows(args[0].detach(), call.mask))
         raise _Reached
 
     handle = linear.register_forward_pre_hook(hook)
@@ -280,6 +316,10 @@ def input_until(module: nn.Module, linear: nn.Module, call: Call, hidden: Tensor
     return iter(found)
 
 
-def rows(x: Tensor) -> Tensor:
-    """(..., K) as (tokens, K) float32."""
-    return x.detach().reshape(-1, x.shape[-1]).float()
+def rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (..., K) as (tokens, K) float32, without those that a mask (batch, tokens) of its leading sizes calls padding.
+
+    Inputs of other leading sizes, as those of experts, hold nobody knows whose tokens: all of them count.
+    """
+    flat = x.reshape(-1, x.shape[-1]).float()
+    return flat if mask is None or mask.shape != x.shape[:-1] else flat[mask.reshape(-1).to(x.device).bool()]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibrate.walk import rows
+
 
 class SecondMoments:
     """H (K, K) float32 of each layer, summed over its calls.
@@ -58,19 +60,10 @@ class SecondMoments:
             self.last = (x, version, {})
         sums = self.last[2]
         if old not in sums:
-            rows = unpadded(x.detach(), self.mask).float()
-            if not rows.numel():
+            found = rows(x.detach(), self.mask)
+            if not found.numel():
                 return
-            if not torch.isfinite(rows).all():
+            if not torch.isfinite(found).all():
                 raise ValueError(f"the input of {name} in the reference model holds NaN or infinity")
-            zero = rows.new_zeros((), dtype=torch.float32)
-            sums[old] = torch.addmm(zero if old is None else old, rows.T, rows)
+            sums[old] = torch.addmm(found.new_zeros(()) if old is None else old, found.T, found)
         self.moments[name] = sums[old]
-
-
-def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (..., K) as (rows, K), without the rows that a mask (batch, tokens) of its leading sizes says are padding."""
-    rows = x.reshape(-1, x.shape[-1])
-    if mask is None or mask.shape != x.shape[:-1]:
-        return rows
-    return rows[mask.reshape(-1).to(x.device).bool()]

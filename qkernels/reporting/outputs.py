@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import evaluating
+from qkernels.calibrate.walk import evaluating, padding, rows
 from qkernels.quality import PredictionScore, field, floating_output
-from qkernels.reporting._second_moments import SecondMoments, unpadded
+from qkernels.reporting._second_moments import SecondMoments
 from qkernels.reporting.rows import ModelQuality
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
@@ -39,7 +39,7 @@ class OutputScore:
 
     def add_vectors(self, y: Tensor, original: Tensor, mask: Tensor | None) -> None:
         """Outputs (..., features) of both models."""
-        a, b = (unpadded(z.to(original.device), mask).double() for z in (original, y))
+        a, b = (rows(z.to(original.device), mask).double() for z in (original, y))
         self.signal += a.square().sum().item()
         self.noise += (a - b).square().sum().item()
         self.distance += (1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).sum().item()
@@ -83,7 +83,7 @@ def run(
     with torch.no_grad(), evaluating(model), evaluating(reference):
         for batch in batches:
             args, kwargs = _arguments(batch, score.batches)
-            mask = _mask(kwargs)
+            mask = padding(kwargs)
             with moments.watching(mask):
                 original = _call(reference, args, kwargs, score.batches)
             _add(score, _call(model, args, kwargs, score.batches), original, _tokens(reference, args, kwargs), mask)
@@ -134,11 +134,6 @@ def _tokens(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
         return None
     return ids.long()
-
-
-def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _output(output: Any, who: str) -> Tensor:
