@@ -386,3 +386,23 @@ def test_a_calibration_goes_on_from_its_last_block(tmp_path: pathlib.Path, monke
 def test_resume_is_for_what_takes_long() -> None:
     with pytest.raises(ValueError, match="resume is for method 'gptq'"):
         qkernels.quantize_model(_llama(), "w4g32", resume="folder", progress=False)
+
+
+# ---- padding ----
+
+
+@pytest.mark.parametrize("options", [{"method": "search"}, {"method": "gptq", "rounding": 4}, {"smooth": "awq"}])
+def test_padding_counts_nowhere(options: Any) -> None:
+    """What stands where attention_mask says that nothing does must not matter, however large."""
+    model, tokens = _llama(), torch.cat(_tokens(8)).view(8, 48)
+    mask = torch.ones_like(tokens)
+    mask[::2, 30:] = 0
+    found = []
+    for padding in (1, 2):
+        with torch.no_grad():  # the second one's hidden states are huge
+            model.model.embed_tokens.weight[padding] = 100.0 * padding
+        batches = [{"input_ids": torch.where(mask.bool(), tokens.clamp(min=3), padding), "attention_mask": mask}]
+        twin = copy.deepcopy(model)
+        qkernels.quantize_model(twin, "w3g32", calibration=batches, progress=False, **options)
+        found.append([m.qweight.dequantize() for m in twin.modules() if isinstance(m, qkernels.QuantLinear)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

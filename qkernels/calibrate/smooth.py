@@ -4,7 +4,7 @@ Shapes    x (tokens, K) what Linears that share an input read, W (N, K) of each,
 Theory    x W^T = (x / s) (W s)^T: columns of the weights are multiplied by s, and the norm or the Linear that gives x
           is divided by it. Nothing is left to do at run time.
 Exactness s is rounded to powers of two, which change exponents alone: the smoothed model computes what it did before,
-          bit for bit, in any dtype, and undoing it is exact. Weights whose exponents run out are left alone.
+          bit for bit, but for float16 weights so near to zero that their exponents run out.
           Which module may take the division shows itself, without a table of architectures: with powers of two drawn
           at random the block must give the same bits as before, and without the division it must not.
 Sources   Lin et al., AWQ, 2023: s_k = mean |x_k|^a, with the a of least error at the output. The output is the Linears'
@@ -68,7 +68,7 @@ def smoothed(
 
     Raises:
         CalibrationError: batches are none or empty, the model fails on one, inputs of a layer are not finite, or no
-            Linear reads what a norm or another Linear of its block gives to it alone.
+            Linear of the plan reads what a norm or another Linear of its block gives to it alone.
     """
     done: list[_Fold] = []
     try:
@@ -77,10 +77,10 @@ def smoothed(
             done.append(fold)
         if not done:
             raise CalibrationError(
-                f"smooth={method!r} finds nothing to do in {type(model).__name__}: no Linear reads what a norm or "
-                "another Linear of its block gives to it alone, and gains by it"
+                f"smooth={method!r} has nothing to scale in {type(model).__name__}: no Linear reads what a norm or "
+                "another Linear of its block gives to it alone"
             )
-        yield {name for fold in done for name in fold.linears}
+        yield {name for fold in done if fold.exponents.any() for name in fold.linears}
     except BaseException:
         for fold in reversed(done):
             fold.undo()
@@ -95,11 +95,13 @@ class _Fold:
         linears: by name in the model.
         provider: whose outputs, channel by channel, are the input.
         exponents: (K,) of two: the Linears' columns are multiplied by these powers, and the provider is divided.
+        kept: parameters that do not come back by powers of two, and what they were.
     """
 
     linears: Mapping[str, nn.Linear]
     provider: nn.Module
     exponents: Tensor
+    kept: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
 
     @property
     def moves(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,24 +112,30 @@ class _Fold:
             yield parameter, -self.exponents.reshape(-1, *[1] * (parameter.ndim - 1))
 
     @property
-    def exact(self) -> bool:
-        """Whether all weights can come back."""
-        return all(torch.equal(torch.ldexp(torch.ldexp(p, by), -by), p) for p, by in self.moves)
+    def finite(self) -> bool:
+        """Whether no weight overflows."""
+        return all(bool(torch.ldexp(p, by).isfinite().all()) for p, by in self.moves)
 
     def apply(self) -> None:
         """Change the weights in place."""
         for parameter, by in self.moves:
-            parameter.data.copy_(torch.ldexp(parameter, by))
+            new = torch.ldexp(parameter, by)
+            if not torch.equal(torch.ldexp(new, -by), parameter):
+                self.kept.append((parameter, parameter.clone()))
+            parameter.data.copy_(new)
 
     def undo(self) -> None:
-        """Change them back."""
-        dataclasses.replace(self, exponents=-self.exponents).apply()
+        """Change them back, to the bit."""
+        for parameter, by in self.moves:
+            parameter.data.copy_(torch.ldexp(parameter, -by))
+        for parameter, original in self.kept:
+            parameter.data.copy_(original)
 
 
 def _folds(
     model: nn.Module, plan: Mapping[str, tuple[nn.Linear, Scheme]], calls: list[Call], method: str, progress: bool
 ) -> Iterator[_Fold]:
-    """What may be moved and is worth it; each must be applied before the next is asked for."""
+    """What may be moved, if only by 2^0; each must be applied before the next is asked for."""
     from tqdm import tqdm
 
     named: dict[nn.Module, str] = {linear: name for name, (linear, _) in plan.items()}
@@ -149,8 +157,7 @@ def _folds(
                     continue
                 weights = [(linear.weight.detach().float(), plan[name][1]) for name, linear in linears.items()]
                 fold = _Fold(linears, provider, (_awq if method == "awq" else _smoothquant)(x, weights))
-                if fold.exponents.any() and fold.exact:
-                    yield fold
+                yield fold if fold.finite else dataclasses.replace(fold, exponents=torch.zeros_like(fold.exponents))
             if hidden[0] is not None:
                 hidden = seen.outputs
 

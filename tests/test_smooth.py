@@ -1,0 +1,262 @@
+"""Smoothing: no bit of the unquantized model changes, only what may be scaled is, and it pays where inputs differ."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qkernels
+from qkernels import Scheme, reference
+from qkernels.calibrate import blocks as blocks_module
+from qkernels.calibrate import smooth as smooth_module
+from qkernels.calibrate.smooth import smoothed
+from qkernels.calibrate.walk import CalibrationError
+from qkernels.fit import fit
+
+
+def _llama(kv_heads: int = 2) -> Any:
+    """Norms of very different weights, so that inputs differ as they do in trained models."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=kv_heads, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.copy_(torch.randn(64).mul(2).exp2())
+    return model
+
+
+def _tokens(count: int = 4, seed: int = 0) -> list[Tensor]:
+    return list(torch.randint(0, 97, (count, 48), generator=torch.Generator().manual_seed(seed)).split(1))
+
+
+def _plan(model: nn.Module, text: str = "w3g32", skip: tuple[str, ...] = ("lm_head",)) -> Any:
+    scheme = Scheme.parse(text)
+    return {n: (m, scheme) for n, m in model.named_modules() if type(m) is nn.Linear and not any(s in n for s in skip)}
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", smooth_module.METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_bit_changes_and_all_comes_back(method: str, dtype: torch.dtype) -> None:
+    model = _llama().to(dtype)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    evaluation = torch.cat(_tokens(3, seed=9))
+    with torch.no_grad():
+        wanted = model(evaluation).logits
+        with (
+            contextlib.suppress(_StopError),
+            smoothed(model, _plan(model), _tokens(), method, progress=False) as names,
+        ):
+            assert {name.rpartition(".")[2] for name in names} == {
+                "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj",
+            }  # fmt: skip
+            found = model(evaluation).logits
+            if dtype == torch.float16:  # weights near to zero may lose bits
+                torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
+            else:
+                assert torch.equal(found, wanted)
+            changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+            assert {f"{name}.weight" for name in names} <= changed
+            assert "model.layers.1.input_layernorm.weight" in changed
+            assert not any("o_proj" in name or "embed" in name or "lm_head" in name for name in changed)
+            raise _StopError
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_values_take_the_division_where_heads_are_as_many() -> None:
+    model = _llama(kv_heads=4)
+    with torch.no_grad():  # values of different size, which their products with attention keep
+        model.model.layers[0].self_attn.v_proj.weight.mul_(torch.randn(64, 1).mul(2).exp2())
+    wanted = model(_tokens()[0]).logits
+    with smoothed(model, _plan(model), _tokens(), "smoothquant", progress=False) as names:
+        assert "model.layers.0.self_attn.o_proj" in names
+    assert torch.equal(model(_tokens()[0]).logits, wanted)
+
+
+class _Block(nn.Module):
+    """What a norm gives may go elsewhere, and functions may stand between."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.norm, self.first, self.second = nn.LayerNorm(32), nn.Linear(32, 48), nn.Linear(48, 32)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.randn(32).mul(2).exp2())
+            self.first.weight.mul_(torch.randn(48, 1).mul(2).exp2())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        between = torch.relu if self.kind == "relu" else torch.nn.functional.gelu
+        z = self.second(between(self.first(y)))
+        if self.kind == "unseen":
+            return x + 0.0 * z
+        return (y if self.kind == "post" else x) + z
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("relu", {"first", "second"}), ("gelu", {"first"}), ("post", set()), ("unseen", set())],
+)
+def test_only_what_nothing_else_reads_is_scaled(kind: str, wanted: set[str]) -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(*(_Block(kind) for _ in range(2))), [torch.randn(5, 7, 32)]
+    before = copy.deepcopy(model.state_dict())
+    if not wanted:
+        with pytest.raises(CalibrationError, match=r"has nothing to scale in Sequential: no Linear reads what"):
+            qkernels.quantize_model(model, "w4g32", smooth="smoothquant", calibration=batches, progress=False)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        return
+    output = model(batches[0])
+    with smoothed(model, _plan(model), batches, "smoothquant", progress=False) as names:
+        assert {name.rpartition(".")[2] for name in names} == wanted
+    assert torch.equal(model(batches[0]), output)
+
+
+def test_a_linear_that_is_left_alone_holds_its_input() -> None:
+    """k_proj is not planned, so its weights may not change: neither may what q_proj and v_proj read."""
+    model = _llama()
+    with smoothed(model, _plan(model, skip=("lm_head", "k_proj")), _tokens(), "awq", progress=False) as names:
+        assert {name.rpartition(".")[2] for name in names} == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_parameters_with_two_homes_stay() -> None:
+    model = _llama()
+    layers = model.model.layers
+    layers[1].input_layernorm.weight = layers[0].input_layernorm.weight
+    layers[1].mlp.gate_proj.weight = layers[0].mlp.gate_proj.weight
+    with smoothed(model, _plan(model), _tokens(), "awq", progress=False) as names:
+        assert {name.rpartition(".")[2] for name in names} == {"down_proj"}
+
+
+def test_weights_that_would_overflow_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(*(_Block("gelu") for _ in range(2))), torch.randn(5, 7, 32)
+    monkeypatch.setattr(smooth_module, "_awq", lambda x, weights: torch.full((32,), 120))
+    model[0].first.weight.data[2, 3] = 300.0  # 2^120 times as much is more than float32 holds
+    before = copy.deepcopy(model[0].state_dict())
+    with smoothed(model, _plan(model), [x], "awq", progress=False) as names:
+        assert names == {"1.first"}
+    assert all(torch.equal(t, before[name]) for name, t in model[0].state_dict().items())
+
+
+def test_awq_takes_the_power_of_least_error() -> None:
+    torch.manual_seed(0)
+    scheme, x = Scheme.parse("w3g32"), torch.randn(300, 64) * torch.randn(64).mul(2).exp2()
+    w = torch.randn(24, 64)
+
+    def error(exponents: Tensor) -> float:
+        scale, zero = fit(torch.ldexp(w, exponents), scheme, "rtn")
+        code = reference.encode(torch.ldexp(w, exponents), scale, zero, scheme)
+        found = torch.ldexp(reference.decode(code, scale, zero, scheme).float(), -exponents)
+        return float(((found - w) @ x.T).square().sum())
+
+    found = smooth_module._awq(x, [(w, scheme)])
+    size = x.abs().mean(0).log2()
+    tried = [size * i / 20 for i in range(20)]
+    errors = [error((e - (e.max() + e.min()) / 2).round().int()) for e in tried]
+    assert error(found) == pytest.approx(min(errors), rel=1e-4)
+    assert min(errors) < 0.7 * errors[0]
+
+
+def test_smoothquant_shares_outliers() -> None:
+    x, w = torch.ones(3, 4), torch.ones(2, 4)
+    x[1] = torch.tensor([16.0, 1.0, -64.0, 1.0])
+    w[0] = torch.tensor([1.0, 1.0, 4.0, -16.0])
+    other = torch.full((5, 4), 0.5)
+    found = smooth_module._smoothquant(x, [(w, Scheme.parse("w8c")), (other, Scheme.parse("w8c"))])
+    # sqrt(16 / 1), sqrt(1 / 1), sqrt(64 / 4), sqrt(1 / 16) = 2^2, 2^0, 2^2, 2^-2, and their middle is 2^0
+    assert found.tolist() == [2, 0, 2, -2]
+    assert smooth_module._smoothquant(torch.zeros(2, 4), [(w, Scheme.parse("w8c"))]).abs().max() < 10
+
+
+def test_inputs_that_never_come_are_not_scaled_without_end() -> None:
+    x = torch.randn(50, 32)
+    x[:, 3] = 0.0
+    assert smooth_module._awq(x, [(torch.randn(8, 32), Scheme.parse("w2g32"))]).abs().max() <= 14
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ({"method": "rtn"}, "rtn"),
+        ({}, "search"),
+        ({"method": "gptq"}, "gptq"),
+        ({"method": "gptq", "rounding": 4, "distill": 1}, "gptq, rounded by block, distilled"),
+    ],
+)
+def test_smoothing_goes_before_any_method(options: Any, used: str) -> None:
+    model = _llama()
+    twin = copy.deepcopy(model)
+    report = qkernels.quantize_model(
+        twin, "w3g32", smooth="awq", calibration=iter(_tokens(8)), progress=False, **options
+    )
+    methods = {layer.name.rpartition(".")[2]: layer.method for layer in report.layers}
+    assert {name for name, method in methods.items() if method == f"awq, {used}"} == set(methods) - {"o_proj"}
+    assert methods["o_proj"] == used
+    with torch.no_grad():
+        wanted, found = (m(_tokens(1, seed=9)[0]).logits for m in (model, twin))
+    assert (found - wanted).norm() < 0.6 * wanted.norm()  # as for two that have nothing in common: 1.4
+
+
+def test_outputs_of_layers_are_nearer() -> None:
+    model = _llama()
+    original, evaluation = copy.deepcopy(model), [torch.cat(_tokens(4, seed=9))]
+    with smoothed(model, _plan(model), _tokens(8), "awq", progress=False):
+        pass
+    errors = []
+    for unquantized in (original, model):
+        twin = copy.deepcopy(unquantized)
+        qkernels.quantize_model(twin, "w3g32", method="rtn", progress=False)
+        report = qkernels.report(twin, unquantized, evaluation)
+        errors.append(dict(zip(report["name"], report["output_error"], strict=True)))
+    for name, before in errors[0].items():
+        limit = 0.92 if name.endswith(("q_proj", "v_proj", "gate_proj", "up_proj")) else 1.05
+        assert errors[1][name] < limit * before, name
+
+
+def test_what_fails_later_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    model = _llama()
+    before = copy.deepcopy(model.state_dict())
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise _StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks_module, "gptq", fail)
+        with pytest.raises(_StopError):
+            qkernels.quantize_model(model, "w3g32", method="gptq", smooth="awq", calibration=_tokens(), progress=False)
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = torch.nan
+    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.gate_proj: its inputs are not finite"):
+        qkernels.quantize_model(model, "w3g32", method="rtn", smooth="awq", calibration=_tokens(), progress=False)
+    model.model.layers[1].post_attention_layernorm.weight.data.copy_(
+        before["model.layers.1.post_attention_layernorm.weight"]
+    )
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"smooth": "spinquant"}, "smooth must be one of 'awq', 'smoothquant', got 'spinquant'"),
+        ({"smooth": "awq"}, "smooth='awq' needs calibration: batches to call the model with"),
+    ],
+)
+def test_bad_requests_say_what_is_accepted(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        qkernels.quantize_model(nn.Sequential(nn.Linear(32, 32)), "w4g32", progress=False, **options)
