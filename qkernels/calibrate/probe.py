@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from qkernels.calibrate.walk import Batch, CalibrationError, as_calls, evaluating, rows, run_batch
 
-_RANDOM_BATCHES, _RANDOM_LENGTH = 8, 256
+# Random tokens in short sequences: in long ones, unlike in text, attention blurs what single tokens do.
+_RANDOM, _RANDOM_LENGTH = 64, 32
 _WRITTEN, _WRITTEN_LENGTH = 32, 64
-_TOKENS_AT_ONCE = 512  # of a batch of written text
+_TOKENS_AT_ONCE = 512  # of a batch
 
 
 def random_batches(model: nn.Module) -> list[Tensor] | None:
-    """Batches (1, tokens) of random tokens, the same ones each time; None unless the model reads tokens alone."""
+    """Batches (sequences, tokens) of random tokens, always the same; None unless the model reads tokens alone."""
     get_embeddings = getattr(model, "get_input_embeddings", None)
     config = getattr(model, "config", None)
     if get_embeddings is None or getattr(config, "is_encoder_decoder", False):
@@ -31,10 +32,18 @@ def random_batches(model: nn.Module) -> list[Tensor] | None:
         return None
     if not isinstance(embedding, nn.Embedding):
         return None
-    length = min(_RANDOM_LENGTH, int(getattr(config, "max_position_embeddings", _RANDOM_LENGTH)))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, embedding.num_embeddings, (_RANDOM_BATCHES, length), generator=generator)
-    return list(tokens.split(1))
+    shape = _RANDOM, _at_most(_RANDOM_LENGTH, model)
+    return _batches(torch.randint(0, embedding.num_embeddings, shape, generator=generator))
+
+
+def _at_most(length: int, model: nn.Module) -> int:
+    """A length of sequences that the model can read."""
+    return min(length, int(getattr(getattr(model, "config", None), "max_position_embeddings", length)))
+
+
+def _batches(tokens: Tensor) -> list[Tensor]:
+    return list(tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1])))
 
 
 def writes(model: nn.Module) -> bool:
@@ -55,7 +64,7 @@ def written_batches(model: nn.Module, sequences: int = _WRITTEN, length: int = _
     batches = random_batches(model)
     if batches is None or not writes(model):
         return None
-    length = min(length, batches[0].shape[1])
+    length = _at_most(length, model)
     written: Any = model
     device = written.get_input_embeddings().weight.device
     first = torch.cat(batches).reshape(-1, 1)[:sequences].to(device)
@@ -70,7 +79,7 @@ def written_batches(model: nn.Module, sequences: int = _WRITTEN, length: int = _
             raise CalibrationError(
                 f"the model fails to write text: {type(error).__name__}: {error}; calibration='random' does without"
             ) from error
-    return list(tokens.split(max(1, _TOKENS_AT_ONCE // length)))
+    return _batches(tokens)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from qkernels.tensor import QTensor, quantize, stored_bytes
 
 # Needs of layers differ by less than whole bits: between them lie groups of other sizes, which cost no more for a bit.
 CANDIDATES = ("w2g64", "w3g128", "w3g64", "w4g128", "w4g64", "w5g128", "w6g128", "w8g128")
-_SHORT = 32  # tokens of a sequence of random ones: in long ones, unlike in text, attention blurs what single tokens do
 # Costs are raised by so many times the weight's relative square error, some 0.04 at three bits and 0.14 at two. On a
 # small language model 4 did best, and 0 no better than one scheme for all; how it is for others, a trial tells.
 _DISTRUST = (0.0, 4.0, 16.0)
@@ -102,9 +101,8 @@ def plan(
     check_method(None, calibration)
     if isinstance(calibration, Iterator):
         calibration = list(calibration)  # it is gone through more than once
-    used = batches_of(model, calibration)
-    known = {} if used is None else importances(model, linears, used)
-    batches = _telling_batches(used, calibration)
+    batches = batches_of(model, calibration)
+    known = {} if batches is None else importances(model, linears, batches)
     measured = dict(_measure(model, linears, schemes, known, batches, progress))
     costs, measure = _costs(measured)
     options = [
@@ -266,16 +264,6 @@ def _quantized(name: str, linear: nn.Linear, scheme: Scheme, importance: Tensor 
         return quantize(linear.weight.detach(), scheme, method=method, importance=importance)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None
-
-
-def _telling_batches(used: Iterable[Batch] | None, calibration: Iterable[Batch] | str | None) -> Iterable[Batch] | None:
-    """Batches for gradients: random tokens, which come one sequence at a time, in short sequences."""
-    if used is None or not (calibration is None or isinstance(calibration, str)):
-        return used
-    found: list[Any] = list(used)
-    if len(found[0]) > 1 or found[0].shape[1] % _SHORT:
-        return found
-    return list(torch.cat(found).reshape(-1, _SHORT).split(len(found)))
 
 
 @torch.no_grad()
