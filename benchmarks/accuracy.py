@@ -4,7 +4,8 @@ python -m benchmarks.accuracy                                   # everything
 python -m benchmarks.accuracy --schemes w4g128 --methods rtn default gptq
 
 One result file holds one entry per model, scheme and method, and is written after each. The same command, run again,
-measures only what is missing; --again measures what it is told to, whatever there is.
+measures only what is missing; --again measures what it is told to, whatever there is. Commands for other entries may
+run run side by side into one file, each on one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -62,15 +63,25 @@ OURS: Mapping[str, Method] = {
     "default": Method("search, weighted by the inputs on text that the model writes, or on random tokens"),
     "hqq": Method("half-quadratic zeros, weighted likewise", {"method": "hqq"}),
     "plan": Method("a scheme for each layer, codes by default", planned=True),
+    "awq": Method("AWQ's scaling, then search", {"method": "search", "smooth": "awq"}, on_text=True),
     "gptq": Method("GPTQ and descent", {"method": "gptq"}, on_text=True),
+    "awq, gptq": Method("AWQ's scaling, then GPTQ", {"method": "gptq", "smooth": "awq"}, on_text=True),
     "gptq, written": Method(
         "GPTQ and descent, on text that the model writes", {"method": "gptq", "calibration": "written"}, writes=True
+    ),
+    "gptq, written, distilled": Method(
+        "the same, then scales of all layers together",
+        {"method": "gptq", "calibration": "written", "distill": 2},
+        writes=True,
     ),
     "gptq, rounded": Method(
         "GPTQ, then 200 steps of SignRound in each block", {"method": "gptq", "rounding": 200}, on_text=True
     ),
     "gptq, distilled": Method(
         "GPTQ, then scales of all layers together", {"method": "gptq", "distill": 2}, on_text=True
+    ),
+    "gptq, rounded, distilled": Method(
+        "GPTQ, then both", {"method": "gptq", "rounding": 200, "distill": 2}, on_text=True
     ),
 }
 METHODS = (*OURS, *peers.PEERS)
@@ -167,7 +178,6 @@ def machine() -> harness.Record:
     """What it ran on, and with what."""
     return {
         **harness.machine(),
-        "threads": torch.get_num_threads(),
         **{name: harness.version(name) for name in peers.PACKAGES},
     }
 
@@ -180,9 +190,7 @@ def run(
     Raises:
         ValueError: the file holds scores over other windows or sentences, which do not compare.
     """
-    record = json.loads(path.read_text()) if path.exists() else harness.header("accuracy", "all", machine(), None)
-    record.setdefault("models", {})
-    entries: list[harness.Record] = record.setdefault("entries", [])
+    record = _read(path)
     for subject in found:
         known = record["models"].get(subject.name)
         if known is not None and known["about"] != subject.about:
@@ -197,18 +205,23 @@ def run(
         for subject in found:
             for method in methods:
                 key = {"model": subject.name, "scheme": scheme, "method": method}
-                old = next((e for e in entries if key.items() <= e.items()), None)
-                if old is not None and not again:
+                if not again and any(key.items() <= e.items() for e in record["entries"]):
                     continue
                 entry = {**key, **measure(subject, Scheme.parse(scheme), method, peak_memory)}
-                entry |= {"date": harness.today(), "commit": harness.commit()}
-                if old is not None:
-                    entries.remove(old)
-                entries.append(entry)
+                entry |= {"threads": torch.get_num_threads(), "date": harness.today(), "commit": harness.commit()}
+                models, record = record["models"], _read(path)  # others may have added to it meanwhile
+                record["models"] |= models
+                record["entries"] = [e for e in record["entries"] if not key.items() <= e.items()] + [entry]
                 record |= {"date": harness.today(), "machine": machine()}
                 harness.write(path, record)
                 print(line(subject, entry), flush=True)
     return record
+
+
+def _read(path: pathlib.Path) -> harness.Record:
+    """The record in a result file, or a new one."""
+    record = json.loads(path.read_text()) if path.exists() else harness.header("accuracy", "all", machine(), None)
+    return {"models": {}, "entries": [], **record}
 
 
 def line(subject: Subject, entry: harness.Record) -> str:
@@ -217,7 +230,8 @@ def line(subject: Subject, entry: harness.Record) -> str:
     if "skipped" in entry:
         return start + entry["skipped"]
     figures = (f"{heading} {entry[key]:.4g}" for key, heading in subject.metrics.items())
-    return f"{start}{', '.join(figures)}; {entry['bits_per_weight']:.2f} bits, {entry['seconds']} s"
+    took = f"{entry['seconds']} s on {entry['threads']} threads"
+    return f"{start}{', '.join(figures)}; {entry['bits_per_weight']:.2f} bits, {took}"
 
 
 def table(record: harness.Record, model: str) -> str:
@@ -226,13 +240,13 @@ def table(record: harness.Record, model: str) -> str:
     rows = [
         (
             entry["scheme"], entry["method"], f"{entry['bits_per_weight']:.2f}", f"{entry['snr_db']:.1f}",
-            *(with_error(entry, key) for key in metrics), f"{entry['seconds']:.0f}",
+            *(with_error(entry, key) for key in metrics), f"{entry['seconds']:.0f}", str(entry["threads"]),
             tables.size(entry["peak_bytes"] or 0),
         )
         for entry in record["entries"]
         if entry["model"] == model and "skipped" not in entry
     ]  # fmt: skip
-    columns = ("scheme", "method", "bits/weight", "SNR dB", *metrics.values(), "seconds", "peak memory")
+    columns = ("scheme", "method", "bits/weight", "SNR dB", *metrics.values(), "seconds", "threads", "peak memory")
     return tables.text(f"{model}: {record['models'][model]['about']}", columns, rows, text_columns=2)
 
 

@@ -240,7 +240,7 @@ def accuracy_block(path: pathlib.Path) -> str:
     return (
         "\n".join(blocks)
         + f"\n{legend}. Bits per weight count scales and zeros; where another package takes more, its cell says so. "
-        f"float32 on {machine['threads']} threads of a CPU, torch {machine['torch']}, "
+        f"float32 on a CPU, torch {machine['torch']}, "
         f"{versions or 'no other packages'}, {record['date']}.\n" + _pictures(path, "bits")
     )
 

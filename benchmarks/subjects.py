@@ -105,7 +105,7 @@ class Encoder:
     name = fetch.MINILM.name
     metrics: Mapping[str, str] = {"cosine_loss": "1 - cosine", "spearman": "Spearman"}
 
-    def __init__(self, count: int = 600, calibration: int = 480):
+    def __init__(self, count: int = 600, calibration: int = 1920):
         from transformers import AutoModel, AutoTokenizer
 
         folder = fetch.fetch(fetch.MINILM)
