@@ -221,22 +221,26 @@ def quantize_model(
     if isinstance(batches, Iterator) and (smooth or distill):
         batches = list(batches)  # they are gone through again
     with _smoothed(model, plan, batches, smooth, progress) as scaled:
-        for name, qweight, used in _quantized(model, plan, method, batches, rounding, distill, resume, progress):
-            linear, chosen = plan.pop(name)
-            weight = linear.weight.detach()
-            layers.append(
-                LayerReport(
-                    name=name,
-                    scheme=str(chosen),
-                    shape=(linear.out_features, linear.in_features),
-                    original_bytes=weight.nbytes,
-                    nbytes=qweight.nbytes,
-                    error=qweight.error(weight),
-                    method=f"{smooth}, {used}" if name in scaled else used,
-                )
+        found: Iterable[tuple[str, QTensor, str]]
+        found = _quantized(model, plan, method, batches, rounding, distill, resume, progress)
+        if scaled:  # what fails before the last layer has its codes undoes the scaling
+            found = list(found)
+    for name, qweight, used in found:
+        linear, chosen = plan.pop(name)
+        weight = linear.weight.detach()
+        layers.append(
+            LayerReport(
+                name=name,
+                scheme=str(chosen),
+                shape=(linear.out_features, linear.in_features),
+                original_bytes=weight.nbytes,
+                nbytes=qweight.nbytes,
+                error=qweight.error(weight),
+                method=f"{smooth}, {used}" if name in scaled else used,
             )
-            put(QuantLinear(qweight, linear.bias).train(linear.training), where.pop(linear))
-            del linear, weight  # the float weight goes before the next layer comes
+        )
+        put(QuantLinear(qweight, linear.bias).train(linear.training), where.pop(linear))
+        del linear, weight  # the float weight goes before the next layer comes
     merged = merge_siblings(model, groups) if groups else None
     return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start, merged)
 
@@ -278,15 +282,13 @@ def _smoothed(
     smooth: str | None,
     progress: bool,
 ) -> Iterator[set[str]]:
-    """Names of Linears whose columns were scaled; what the body raises undoes it."""
+    """Names of Linears whose columns were scaled; whatever the body raises undoes it."""
     if smooth is None:
         yield set()
         return
     if batches is None:
         raise ValueError(f"smooth={smooth!r} needs calibration: batches to call the model with")
     with smoothed(model, plan, batches, smooth, progress) as scaled:
-        for name, (linear, scheme) in plan.items():  # before any layer is replaced
-            check_quantizable(name, linear, scheme)
         yield scaled
 
 

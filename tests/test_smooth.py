@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import qkernels
 from qkernels import Scheme, reference
+from qkernels import model as model_module
 from qkernels.calibrate import blocks as blocks_module
 from qkernels.calibrate import smooth as smooth_module
 from qkernels.calibrate.smooth import smoothed
@@ -235,19 +236,40 @@ def test_what_fails_later_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise _StopError
 
+    options: Any = {"smooth": "awq", "calibration": _tokens(), "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr(blocks_module, "gptq", fail)
         with pytest.raises(_StopError):
-            qkernels.quantize_model(model, "w3g32", method="gptq", smooth="awq", calibration=_tokens(), progress=False)
+            qkernels.quantize_model(model, "w3g32", method="gptq", **options)
+    with monkeypatch.context() as patch:
+        quantize = model_module.quantize
+        patch.setattr(
+            model_module, "quantize", lambda w, *args, **kw: quantize(w, *args, **kw) if w.shape[0] < 96 else fail()
+        )
+        with pytest.raises(_StopError):
+            qkernels.quantize_model(model, "w3g32", **options)
+    assert not any(isinstance(m, qkernels.QuantLinear) for m in model.modules())
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[3] = torch.nan
     with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.gate_proj: its inputs are not finite"):
-        qkernels.quantize_model(model, "w3g32", method="rtn", smooth="awq", calibration=_tokens(), progress=False)
+        qkernels.quantize_model(model, "w3g32", method="rtn", **options)
     model.model.layers[1].post_attention_layernorm.weight.data.copy_(
         before["model.layers.1.post_attention_layernorm.weight"]
     )
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_smoothing_is_the_same_where_a_calibration_goes_on(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Any = {"method": "gptq", "smooth": "awq", "calibration": _tokens(), "resume": tmp_path, "progress": False}
+    models = [_llama(), _llama()]
+    qkernels.quantize_model(models[0], "w3g32", **options)
+    monkeypatch.setattr(blocks_module, "gptq", None)  # all blocks are finished
+    qkernels.quantize_model(models[1], "w3g32", **options)
+    states = [m.state_dict() for m in models]
+    assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
 
 
 @pytest.mark.parametrize(
