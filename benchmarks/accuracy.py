@@ -69,9 +69,9 @@ OURS: Mapping[str, Method] = {
     "gptq, written": Method(
         "GPTQ and descent, on text that the model writes", {"method": "gptq", "calibration": "written"}, writes=True
     ),
-    "gptq, written, distilled": Method(
-        "the same, then scales of all layers together",
-        {"method": "gptq", "calibration": "written", "distill": 2},
+    "awq, gptq, written, distilled": Method(
+        "AWQ's scaling, then GPTQ, then scales of all layers together, on text that the model writes",
+        {"method": "gptq", "calibration": "written", "smooth": "awq", "distill": 2},
         writes=True,
     ),
     "gptq, rounded": Method(
