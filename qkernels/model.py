@@ -167,7 +167,8 @@ def quantize_model(
             "search" where the size of the inputs is known; else "rtn" down to 4 bits, and "search" below.
         calibration: batches to call the model with (tensors, mappings of keyword arguments, or sequences of positional
             ones); or "random": tokens drawn at random, for a model that reads tokens alone; or "written": text that a
-            language model writes itself. "gptq" needs one of them.
+            language model writes itself. "gptq" needs one of them. Padding counts nowhere, if an attention_mask (batch,
+            tokens) among the keyword arguments tells what it is.
             To "search" and "hqq" they tell how large each input of a layer is, so which weights matter; their default
             is a little written text, else "random", where that is possible.
         smooth: "awq" or "smoothquant", before any method: columns of weights are multiplied by powers of two, and what
