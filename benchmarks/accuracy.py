@@ -5,7 +5,7 @@ python -m benchmarks.accuracy --schemes w4g128 --methods rtn default gptq
 
 One result file holds one entry per model, scheme and method, and is written after each. The same command, run again,
 measures only what is missing; --again measures what it is told to, whatever there is. Commands for other entries may
-run run side by side into one file, each on one thread (OMP_NUM_THREADS=1).
+run side by side into one file, each on one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations

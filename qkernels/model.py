@@ -175,7 +175,8 @@ def quantize_model(
             gives these inputs (a norm or another Linear, which shows itself when the model runs) is divided by them, so
             that the unquantized model keeps every bit. "awq" makes codes finest where inputs are large; "smoothquant"
             shares outliers between inputs and weights, which pays where inputs are quantized, too. The report says
-            which layers were scaled. By default the batches are those of "search".
+            which layers were scaled. By default the batches are those of "search". The codes of all layers are made
+            before the first takes its place. A Linear that is left alone may be divided.
         rounding: steps, after "gptq", of moving all codes of a block together down the gradient of its output's error;
             200 are usual. Each takes a backward pass of the block for a batch.
         distill: how many times to go through the calibration batches once codes are chosen, with the model as the
@@ -221,7 +222,12 @@ def quantize_model(
         batches = batches_of(model, calibration)
     if isinstance(batches, Iterator) and (smooth or distill):
         batches = list(batches)  # they are gone through again
-    with _smoothed(model, plan, batches, smooth, progress) as scaled:
+    smoothing: contextlib.AbstractContextManager[set[str]] = contextlib.nullcontext(set())
+    if smooth is not None:
+        if batches is None:
+            raise ValueError(f"smooth={smooth!r} needs calibration: batches to call the model with")
+        smoothing = smoothed(model, plan, batches, smooth, progress)
+    with smoothing as scaled:
         found: Iterable[tuple[str, QTensor, str]]
         found = _quantized(model, plan, method, batches, rounding, distill, resume, progress)
         if scaled:  # what fails before the last layer has its codes undoes the scaling
@@ -273,24 +279,6 @@ def check_method(
         raise ValueError(f"smooth must be one of {', '.join(map(repr, SMOOTHINGS))}, got {smooth!r}")
     if method == "rtn" and calibration is not None and not distill and not smooth:
         raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
-
-
-@contextlib.contextmanager
-def _smoothed(
-    model: nn.Module,
-    plan: Mapping[str, tuple[nn.Linear, Scheme]],
-    batches: Iterable[Batch] | None,
-    smooth: str | None,
-    progress: bool,
-) -> Iterator[set[str]]:
-    """Names of Linears whose columns were scaled; whatever the body raises undoes it."""
-    if smooth is None:
-        yield set()
-        return
-    if batches is None:
-        raise ValueError(f"smooth={smooth!r} needs calibration: batches to call the model with")
-    with smoothed(model, plan, batches, smooth, progress) as scaled:
-        yield scaled
 
 
 def _quantized(

@@ -20,7 +20,7 @@ from qkernels.calibrate.blocks import _made_up, _Moments, calibrate
 from qkernels.calibrate.gptq import SingularHessianError, damped, gptq
 from qkernels.calibrate.probe import importances, random_batches
 from qkernels.calibrate.resume import ResumeError
-from qkernels.calibrate.walk import CalibrationError
+from qkernels.calibrate.walk import CalibrationError, padding
 from qkernels.fit import fit
 
 
@@ -398,11 +398,19 @@ def test_padding_counts_nowhere(options: Any) -> None:
     mask = torch.ones_like(tokens)
     mask[::2, 30:] = 0
     found = []
-    for padding in (1, 2):
+    for token in (1, 2):
         with torch.no_grad():  # the second one's hidden states are huge
-            model.model.embed_tokens.weight[padding] = 100.0 * padding
-        batches = [{"input_ids": torch.where(mask.bool(), tokens.clamp(min=3), padding), "attention_mask": mask}]
+            model.model.embed_tokens.weight[token] = 100.0 * token
+        batches = [{"input_ids": torch.where(mask.bool(), tokens.clamp(min=3), token), "attention_mask": mask}]
         twin = copy.deepcopy(model)
         qkernels.quantize_model(twin, "w3g32", calibration=batches, progress=False, **options)
         found.append([m.qweight.dequantize() for m in twin.modules() if isinstance(m, qkernels.QuantLinear)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_mask_that_leaves_nothing_is_refused_and_one_to_add_is_none() -> None:
+    tokens = _tokens(1)[0]
+    batch = {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)}
+    _fails_unchanged(_llama(), "gptq", [batch], "batch 0 is all padding: its attention_mask is zero everywhere")
+    assert padding({"attention_mask": torch.zeros(1, 48)}) is None
+    assert padding({"attention_mask": torch.ones(1, 1, 48, 48, dtype=torch.bool)}) is None

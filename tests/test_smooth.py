@@ -154,6 +154,135 @@ def test_weights_that_would_overflow_stay(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(t, before[name]) for name, t in model[0].state_dict().items())
 
 
+# ---- models in which a division would be read where it must not ----
+
+
+class _Reader(nn.Module):
+    """A norm and a Linear, whose neighbours read more than they seem to."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.norm, self.first, self.second = nn.LayerNorm(32), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.other = nn.Linear(32, 32)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.randn(32).mul(2).exp2())
+            self.first.weight.mul_(torch.randn(48, 1).mul(2).exp2())
+
+    def forward(self, x: Any, task: int = 0) -> Any:
+        x, kept = x if isinstance(x, tuple) else (x, None)
+        y = self.norm(x)
+        if self.kind == "one channel":
+            return x + self.second(torch.relu(self.first(y))) * y[..., 4:5]
+        if self.kind == "routes" and task:
+            return x + self.other(y)
+        if self.kind == "clamp":
+            return x + self.second(self.first(y).clamp(-64, 64))
+        z = x + self.second(torch.relu(self.first(y)))
+        return (z, y) if self.kind == "returns" else z if kept is None else z + kept
+
+
+class _Tasks(nn.Module):
+    """Blocks that may be told which way to go."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.blocks = nn.ModuleList(_Reader(kind) for _ in range(2))
+
+    def forward(self, x: Tensor, task: int = 0) -> Tensor:
+        for block in self.blocks:
+            x = block(x, task)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("one channel", {"second"}),  # what a gate reads of the norm must not be divided
+        ("routes", {"second"}),  # nor what another way reads, that a later batch goes
+        ("clamp", {"first"}),  # small changes pass a clamp, those that outliers ask for do not
+        ("returns", {"second"}),  # nor what the block returns beside its hidden states
+    ],
+)
+def test_readers_that_a_division_would_reach(kind: str, wanted: set[str]) -> None:
+    torch.manual_seed(0)
+    model = _Tasks(kind)
+    scheme = Scheme.parse("w4g32")
+    plan = {n: (m, scheme) for n, m in model.named_modules() if type(m) is nn.Linear and "other" not in n}
+    calls = [(torch.randn(5, 7, 32), task) for task in (0, 1)]
+    before = [model(*call) for call in calls]
+    with smoothed(model, plan, calls, "smoothquant", progress=False) as names:
+        assert {name.rpartition(".")[2] for name in names} == wanted
+    assert all(torch.equal(model(*call), y) for call, y in zip(calls, before, strict=True))
+
+
+class _Leaving(_Block):
+    """Leaves what its norm gives where the next block finds it."""
+
+    def __init__(self, left: list[Tensor], leaves: bool):
+        super().__init__("relu")
+        self.left, self.leaves = left, leaves
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.leaves:
+            self.left[:] = [self.norm(x)]
+        return super().forward(x) + (0.0 if self.leaves else self.left[0])
+
+
+def test_what_passes_beside_hidden_states_is_refused() -> None:
+    torch.manual_seed(0)
+    model, left = _Tasks(""), list[Tensor]()
+    model.blocks = nn.ModuleList(_Leaving(left, leaves) for leaves in (True, False))
+    model.forward = lambda x: model.blocks[1](model.blocks[0](x))  # type: ignore[method-assign]
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(5, 7, 32)
+    with (
+        pytest.raises(CalibrationError, match="would change what _Tasks returns, though no block's output"),
+        smoothed(model, _plan(model), [x], "smoothquant", progress=False),
+    ):
+        raise AssertionError("smoothed")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_storage_that_is_shared_stays() -> None:
+    model = _llama()
+    layers = model.model.layers
+    layers[1].input_layernorm.weight.data = layers[0].input_layernorm.weight.data
+    wanted = model(_tokens()[0]).logits
+    with smoothed(model, _plan(model), _tokens(), "awq", progress=False) as names:
+        assert not any("q_proj" in name for name in names)
+    assert torch.equal(model(_tokens()[0]).logits, wanted)
+
+
+def test_an_error_amid_a_change_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _llama()
+    before = copy.deepcopy(model.state_dict())
+    equal, asked = torch.equal, []
+
+    def fails(a: Tensor, b: Tensor) -> bool:
+        if a.shape == (64,) and a.dtype == torch.float32 and b is model.model.layers[1].input_layernorm.weight:
+            raise torch.OutOfMemoryError
+        asked.append(a)
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", fails)
+    with pytest.raises(torch.OutOfMemoryError), smoothed(model, _plan(model), _tokens(), "awq", progress=False):
+        raise AssertionError("smoothed")
+    monkeypatch.undo()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_padding_that_is_not_a_number_does_not_hide_what_may_be_scaled() -> None:
+    model = nn.ModuleDict({"blocks": nn.Sequential(_Block("relu"), _Block("relu"))})
+    model.forward = lambda x, attention_mask: model["blocks"](x)  # type: ignore[method-assign]
+    x, mask = torch.randn(5, 7, 32), torch.ones(5, 7, dtype=torch.long)
+    mask[2, 3:] = 0
+    x[2, 3:] = torch.nan
+    batch = {"x": x, "attention_mask": mask}
+    with smoothed(model, _plan(model), [batch], "smoothquant", progress=False) as names:
+        assert {name.rpartition(".")[2] for name in names} == {"first", "second"}
+
+
 def test_awq_takes_the_power_of_least_error() -> None:
     torch.manual_seed(0)
     scheme, x = Scheme.parse("w3g32"), torch.randn(300, 64) * torch.randn(64).mul(2).exp2()

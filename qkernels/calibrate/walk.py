@@ -85,6 +85,8 @@ def as_calls(batches: Iterable[Batch], model: nn.Module) -> list[Call]:
         tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
         if not tensors or any(t.numel() == 0 for t in tensors):
             raise CalibrationError(f"calibration batch {i} is empty")
+        if (mask := padding(call.kwargs)) is not None and not mask.any():
+            raise CalibrationError(f"calibration batch {i} is all padding: its attention_mask is zero everywhere")
         calls.append(call)
     if not calls:
         raise CalibrationError("calibration holds no batches")
@@ -101,9 +103,12 @@ def _moved(call: Call, device: torch.device) -> Call:
 
 
 def padding(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The attention_mask (batch, tokens) in what a model is called with, if there is such a one."""
+    """The attention_mask (batch, tokens) in what a model is called with, if there is such a one; zero is padding.
+
+    One of floating numbers may be meant to be added, with zero for what counts: it is not taken for such a mask.
+    """
     mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point() else None
 
 
 def find_blocks(model: nn.Module, linears: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -242,28 +247,33 @@ class Observed:
     Attributes:
         inputs: {path of a Linear: (tokens, K) float32} for each batch; it lacks those that are not reached.
         steps: paths of Linears that read one input together, in order.
-        outputs: the block's hidden states, for each batch.
+        returned: what the block gives, for each batch.
     """
 
     inputs: list[dict[str, Tensor]]
     steps: list[list[str]]
-    outputs: list[Any]
+    returned: list[Any]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The block's hidden states, for each batch."""
+        return [floating_output(output) for output in self.returned]
 
 
 def observe(block: Block, linears: Mapping[str, nn.Module], hidden: Sequence[Tensor | None]) -> Observed:
     """Run a block over all batches and watch some of its Linears, {path in the block: Linear}."""
     found = Observed([], [], [])
-    for call, states in zip(block.calls, hidden, strict=True):
-        inputs, groups, output = inputs_of(block.module, linears, call, states)
+    for i, (call, states) in enumerate(zip(block.calls, hidden, strict=True)):
+        inputs, groups, output = inputs_of(block.module, linears, call, states, i)
         found.inputs.append(inputs)
-        found.outputs.append(floating_output(output))
+        found.returned.append(output)
         known = {path for step in found.steps for path in step}
         found.steps += [fresh for group in groups if (fresh := [path for path in group if path not in known])]
     return found
 
 
 def inputs_of(
-    module: nn.Module, linears: Mapping[str, nn.Module], call: Call, hidden: Tensor | None
+    module: nn.Module, linears: Mapping[str, nn.Module], call: Call, hidden: Tensor | None, batch: int
 ) -> tuple[dict[str, Tensor], list[list[str]], Any]:
     """Inputs (tokens, K) of a block's Linears in one call, those that share an input together, and the output."""
     inputs: dict[str, Tensor] = {}
@@ -284,7 +294,7 @@ def inputs_of(
 
     handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
     try:
-        output = call.run(module, hidden)
+        output = run_batch(module, call, batch) if hidden is None else call.run(module, hidden)
     finally:
         for handle in handles:
             handle.remove()
