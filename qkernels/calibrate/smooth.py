@@ -44,7 +44,7 @@ from qkernels.scheme import Scheme
 
 METHODS = ("awq", "smoothquant")
 
-_EXPONENTS = tuple(i / 20 for i in range(20))  # AWQ's a
+_AWQ_POWERS = tuple(i / 20 for i in range(20))  # AWQ's a
 _SHARE = 0.5  # of the outliers of inputs, which SmoothQuant lets the weights take over
 _LEAST = 1e-4  # sizes of channels, relative to the largest: those that never come are not blown up without end
 
@@ -127,13 +127,13 @@ class _Fold:
     @property
     def finite(self) -> bool:
         """Whether no weight overflows."""
-        return all(bool(torch.ldexp(p, by).isfinite().all()) for p, by in self.moves)
+        return all(bool(_scaled(p, by).isfinite().all()) for p, by in self.moves)
 
     def apply(self) -> None:
         """Change the weights in place."""
         for parameter, by in self.moves:
-            new = torch.ldexp(parameter, by)
-            original = None if torch.equal(torch.ldexp(new, -by), parameter) else parameter.clone()
+            new = _scaled(parameter, by)
+            original = None if torch.equal(_scaled(new, -by), parameter) else parameter.clone()
             parameter.data.copy_(new)
             self.moved.append((parameter, by, original))
 
@@ -141,7 +141,7 @@ class _Fold:
         """Change them back, to the bit."""
         for parameter, by, original in reversed(self.moved):
             if original is None:
-                parameter.data.ldexp_(-by)
+                parameter.data.mul_(_power(-by))
             else:
                 parameter.data.copy_(original)
 
@@ -172,7 +172,7 @@ class _Proof:
         for fold in folds:
             for parameter, by in fold.moves:
                 path = self.paths[id(parameter)]
-                changed[path] = torch.ldexp(changed.get(path, self.parameters[path]), by)
+                changed[path] = _scaled(changed.get(path, self.parameters[path]), by)
         for i in range(len(self.calls)) if batches is None else batches:
             call, states = self.calls[i], self.hidden[i]
             args = call.args if states is None else (states, *call.args)
@@ -251,6 +251,16 @@ def _called_before(block: Block, linears: set[nn.Module], batch: int, hidden: Te
     return list(dict.fromkeys(reversed(order[:first])))
 
 
+def _scaled(x: Tensor, by: Tensor) -> Tensor:
+    """x 2^by, in x's dtype."""
+    return (x * _power(by)).to(x.dtype)
+
+
+def _power(by: Tensor) -> Tensor:
+    """float32 2^by, for by from -126 to 127: its bits, as a GPU's pow, and so torch.ldexp, need not be exact."""
+    return ((by.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
 def _has_half(module: nn.Module) -> bool:
     return any(p.dtype == torch.float16 for p in module.parameters())
 
@@ -281,18 +291,18 @@ def _awq(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]]) -> Tensor:
     hessian = x.T @ x
     size = x.abs().mean(0)
     best, least = torch.zeros_like(size, dtype=torch.int32), float("inf")
-    for share in _EXPONENTS:
-        exponents = _powers(share * _log2(size))
+    for share in _AWQ_POWERS:
+        exponents = _whole(share * _log2(size))
         loss = 0.0
         for weight, scheme in weights:
-            scaled = torch.ldexp(weight, exponents)
+            scaled = _scaled(weight, exponents)
             try:
                 scale, zero = fit(scaled, scheme, "rtn")
             except ValueError:  # a scale that cannot be stored
                 loss = float("inf")
                 break
             code = reference.encode(scaled, scale, zero, scheme)
-            miss = torch.ldexp(reference.decode(code, scale, zero, scheme).float(), -exponents) - weight
+            miss = _scaled(reference.decode(code, scale, zero, scheme).float(), -exponents) - weight
             loss += float(((miss @ hessian) * miss).sum())
         if loss < least:
             best, least = exponents, loss
@@ -302,13 +312,13 @@ def _awq(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]]) -> Tensor:
 def _smoothquant(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]]) -> Tensor:
     """Exponents (K,) of two of scales that share outliers between inputs and weights."""
     largest = torch.stack([weight.abs().amax(0) for weight, _ in weights]).amax(0)
-    return _powers(_SHARE * _log2(x.abs().amax(0)) - (1 - _SHARE) * _log2(largest))
+    return _whole(_SHARE * _log2(x.abs().amax(0)) - (1 - _SHARE) * _log2(largest))
 
 
 def _log2(size: Tensor) -> Tensor:
     return size.clamp(min=max(_LEAST * float(size.max()), torch.finfo(torch.float32).tiny)).log2()
 
 
-def _powers(exact: Tensor) -> Tensor:
+def _whole(exact: Tensor) -> Tensor:
     """Whole exponents, as many up as down: a factor for all channels would change nothing."""
     return (exact - (exact.max() + exact.min()) / 2).round().to(torch.int32)
