@@ -144,14 +144,33 @@ def test_parameters_with_two_homes_stay() -> None:
         assert {name.rpartition(".")[2] for name in names} == {"down_proj"}
 
 
-def test_weights_that_would_overflow_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(*(_Block("gelu") for _ in range(2))), torch.randn(5, 7, 32)
-    monkeypatch.setattr(smooth_module, "_awq", lambda x, weights: torch.full((32,), 120))
-    model[0].first.weight.data[2, 3] = 300.0  # 2^120 times as much is more than float32 holds
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, 120), (torch.float16, 9)])
+def test_weights_that_would_overflow_stay(dtype: torch.dtype, exponent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(*(_Block("gelu") for _ in range(2))).to(dtype), torch.randn(5, 7, 32).to(dtype)
+    monkeypatch.setattr(smooth_module, "_awq", lambda x, weights: torch.full((32,), exponent))
+    for block in model:
+        block.first.weight.data.clamp_(-1, 1)
+    model[0].first.weight.data[2, 3] = 300.0
     before = copy.deepcopy(model[0].state_dict())
     with smoothed(model, _plan(model), [x], "awq", progress=False) as names:
         assert names == {"1.first"}
     assert all(torch.equal(t, before[name]) for name, t in model[0].state_dict().items())
+
+
+def test_each_block_is_measured_on_its_own_inputs() -> None:
+    model = _llama()
+    mlp = model.model.layers[1].mlp
+    seen: list[Tensor] = []
+    handle = mlp.up_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        for batch in _tokens():
+            model(batch)
+    handle.remove()
+    before = [(w.detach().clone(), Scheme.parse("w3g32")) for w in (mlp.gate_proj.weight, mlp.up_proj.weight)]
+    wanted = smooth_module._smoothquant(torch.cat(seen), before)
+    with smoothed(model, _plan(model), _tokens(), "smoothquant", progress=False):
+        found = (mlp.gate_proj.weight / before[0][0]).log2()
+    assert torch.equal(found.nanmedian(0).values.round().int(), wanted)
 
 
 # ---- models in which a division would be read where it must not ----
@@ -307,9 +326,11 @@ def test_smoothquant_shares_outliers() -> None:
     x[1] = torch.tensor([16.0, 1.0, -64.0, 1.0])
     w[0] = torch.tensor([1.0, 1.0, 4.0, -16.0])
     other = torch.full((5, 4), 0.5)
+    other[4, 1] = -64.0
     found = smooth_module._smoothquant(x, [(w, Scheme.parse("w8c")), (other, Scheme.parse("w8c"))])
-    # sqrt(16 / 1), sqrt(1 / 1), sqrt(64 / 4), sqrt(1 / 16) = 2^2, 2^0, 2^2, 2^-2, and their middle is 2^0
-    assert found.tolist() == [2, 0, 2, -2]
+    # sqrt(16 / 1), sqrt(1 / 64), sqrt(64 / 4), sqrt(1 / 16) = 2^2, 2^-3, 2^2, 2^-2; their middle, 2^-1/2, is taken out
+    exact = torch.tensor([2.5, -2.5, 2.5, -1.5])
+    assert found.tolist() == exact.round().tolist()
     assert smooth_module._smoothquant(torch.zeros(2, 4), [(w, Scheme.parse("w8c"))]).abs().max() < 10
 
 
