@@ -20,7 +20,7 @@ from qkernels.calibrate.blocks import _made_up, _Moments, calibrate
 from qkernels.calibrate.gptq import SingularHessianError, damped, gptq
 from qkernels.calibrate.probe import importances, random_batches
 from qkernels.calibrate.resume import ResumeError
-from qkernels.calibrate.walk import CalibrationError, padding
+from qkernels.calibrate.walk import Call, CalibrationError, input_until, inputs_of, padding
 from qkernels.fit import fit
 
 
@@ -414,3 +414,14 @@ def test_a_mask_that_leaves_nothing_is_refused_and_one_to_add_is_none() -> None:
     _fails_unchanged(_llama(), "gptq", [batch], "batch 0 is all padding: its attention_mask is zero everywhere")
     assert padding({"attention_mask": torch.zeros(1, 48)}) is None
     assert padding({"attention_mask": torch.ones(1, 1, 48, 48, dtype=torch.bool)}) is None
+
+
+def test_inputs_of_the_quantized_model_lack_the_same_padding() -> None:
+    block, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(3, 5, 8)
+    mask = torch.ones(3, 5, dtype=torch.long)
+    mask[1, 2:] = 0
+    call = Call((), {}, mask)
+    found, _, _ = inputs_of(block, {"2": block[2]}, call, x, 0)
+    (until,) = input_until(block, block[2], call, x)
+    assert torch.equal(until, found["2"])
+    assert torch.equal(until, torch.relu(block[0](x))[mask.bool()])
