@@ -222,12 +222,7 @@ def quantize_model(
         batches = batches_of(model, calibration)
     if isinstance(batches, Iterator) and (smooth or distill):
         batches = list(batches)  # they are gone through again
-    smoothing: contextlib.AbstractContextManager[set[str]] = contextlib.nullcontext(set())
-    if smooth is not None:
-        if batches is None:
-            raise ValueError(f"smooth={smooth!r} needs calibration: batches to call the model with")
-        smoothing = smoothed(model, plan, batches, smooth, progress)
-    with smoothing as scaled:
+    with _smoothing(model, plan, batches, smooth, progress) as scaled:
         found: Iterable[tuple[str, QTensor, str]]
         found = _quantized(model, plan, method, batches, rounding, distill, resume, progress)
         if scaled:  # what fails before the last layer has its codes undoes the scaling
@@ -279,6 +274,21 @@ def check_method(
         raise ValueError(f"smooth must be one of {', '.join(map(repr, SMOOTHINGS))}, got {smooth!r}")
     if method == "rtn" and calibration is not None and not distill and not smooth:
         raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
+
+
+def _smoothing(
+    model: nn.Module,
+    plan: Mapping[str, tuple[nn.Linear, Scheme]],
+    batches: Iterable[Batch] | None,
+    smooth: str | None,
+    progress: bool,
+) -> contextlib.AbstractContextManager[set[str]]:
+    """Gives the names of the Linears whose columns were scaled; what its body raises undoes that."""
+    if smooth is None:
+        return contextlib.nullcontext(set())
+    if batches is None:
+        raise ValueError(f"smooth={smooth!r} needs calibration: batches to call the model with")
+    return smoothed(model, plan, batches, smooth, progress)
 
 
 def _quantized(

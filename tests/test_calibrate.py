@@ -20,7 +20,7 @@ from qkernels.calibrate.blocks import _made_up, _Moments, calibrate
 from qkernels.calibrate.gptq import SingularHessianError, damped, gptq
 from qkernels.calibrate.probe import importances, random_batches
 from qkernels.calibrate.resume import ResumeError
-from qkernels.calibrate.walk import Call, CalibrationError, input_until, inputs_of, padding
+from qkernels.calibrate.walk import CalibrationError, Call, input_until, inputs_of, padding
 from qkernels.fit import fit
 
 
