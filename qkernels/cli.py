@@ -54,11 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser(
         "quantize",
         help="quantize the 2-D weights of a safetensors file",
-        description="Quantize every 2-D floating tensor whose name ends in 'weight'; others are copied.",
+        description="Quantize every 2-D floating tensor whose name ends in 'weight', or those of a plan; others are "
+        "copied.",
     )
     quantize.add_argument("input", type=pathlib.Path, help="a safetensors file")
     quantize.add_argument("output", type=pathlib.Path, help="the file to write")
-    quantize.add_argument("--scheme", required=True, help="such as w4g128")
+    which = quantize.add_mutually_exclusive_group(required=True)
+    which.add_argument("--scheme", help="such as w4g128")
+    which.add_argument(
+        "--plan", type=pathlib.Path, metavar="FILE", help="a scheme for each layer: what Plan.save wrote"
+    )
     quantize.add_argument(
         "--method", choices=fit.METHODS, default="rtn",
         help="rtn rounds to nearest (default); search tries ranges, zeros and scales, which pays at 3 bits and below; "
@@ -145,10 +150,14 @@ def _quantize(options: argparse.Namespace) -> None:
     from qkernels import tables
     from qkernels.checks import DTYPES
     from qkernels.formats import native
+    from qkernels.planning.result import Plan
     from qkernels.scheme import Scheme
     from qkernels.tensor import QTensor, quantize
 
-    scheme = Scheme.parse(options.scheme)
+    if options.plan is not None and options.skip:
+        raise ValueError("--skip is for --scheme: a plan names the layers that it quantizes")
+    plan = None if options.plan is None else Plan.load(options.plan)
+    scheme = None if plan is not None else Scheme.parse(options.scheme)
     if options.output.exists() and options.output.samefile(options.input):
         raise ValueError(f"{options.output} is the input itself: choose another name")
     native.check_writable(options.output)
@@ -162,15 +171,22 @@ def _quantize(options: argparse.Namespace) -> None:
             for pattern in options.skip or ():
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"--skip {pattern} fits no tensor in {options.input}")
+            planned = {} if plan is None else {f"{layer.name}.weight": layer for layer in plan.layers}
+            if missing := planned.keys() - set(names):
+                raise ValueError(f"{options.input} holds no {min(missing)}, which {options.plan} names")
             for name in tqdm(names, desc="quantizing", unit="tensor", leave=False):
                 tensor = file.get_tensor(name)
                 skipped = any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skip or SKIPPED_NAMES)
-                if tensor.ndim != 2 or tensor.dtype not in DTYPES or not name.endswith("weight") or skipped:
+                fits = tensor.ndim == 2 and tensor.dtype in DTYPES and name.endswith("weight") and not skipped
+                chosen = planned[name].scheme if name in planned else scheme if fits else None
+                if chosen is None:
                     tensors[name] = tensor
                     continue
                 try:
-                    tensors[name] = quantize(tensor, scheme, method=options.method)
-                except ValueError as error:
+                    if plan is not None:
+                        plan.check({planned[name].name: tuple(tensor.shape)})
+                    tensors[name] = quantize(tensor, chosen, method=options.method)
+                except (ValueError, TypeError) as error:
                     raise ValueError(f"{name}: {error}") from None
                 before += tensor.nbytes
                 after += tensors[name].nbytes
@@ -180,7 +196,9 @@ def _quantize(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.input} holds no 2-D float16, bfloat16 or float32 weight that --skip leaves")
     native.write(options.output, tensors)
     count = sum(isinstance(t, QTensor) for t in tensors.values())
-    print(f"{count} of {len(tensors)} tensors to {scheme}: {tables.size(before)} -> {tables.size(after)}")
+    print(
+        f"{count} of {len(tensors)} tensors to {scheme or options.plan}: {tables.size(before)} -> {tables.size(after)}"
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:

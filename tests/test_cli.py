@@ -64,6 +64,46 @@ def test_a_method_chooses_the_codes(model_file: pathlib.Path, tmp_path: pathlib.
     assert not torch.equal(q.packed, qkernels.quantize(w, "w2g32").packed)
 
 
+@pytest.fixture
+def plan_file(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A plan for a layer that model_file holds, and leaves its embedding alone."""
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 24)})
+    path = tmp_path / "plan.json"
+    qkernels.plan(model, target_bits=5, candidates=["w3g32", "w4g32"], progress=False).save(path)
+    return path
+
+
+def test_a_plan_names_layers_and_schemes(
+    model_file: pathlib.Path, plan_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small.safetensors"
+    assert cli.main(["quantize", str(model_file), str(out), "--plan", str(plan_file)]) == 0
+    assert f"1 of 6 tensors to {plan_file}: 3.1 kB -> 912 B" in capsys.readouterr().out
+    stored, w = qkernels.load(out), safetensors.torch.load_file(model_file)["layer.weight"]
+    assert [name for name, t in stored.items() if isinstance(t, QTensor)] == ["layer.weight"]
+    wanted = qkernels.quantize(w, "w4g32")
+    assert all(torch.equal(a, b) for a, b in zip(stored["layer.weight"].tensors, wanted.tensors, strict=True))
+
+
+def test_plans_that_do_not_fit(
+    model_file: pathlib.Path, plan_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other.safetensors", tmp_path / "out.safetensors"
+    for tensors, message in (
+        ({"layers.weight": torch.ones(24, 64)}, f"holds no layer.weight, which {plan_file} names"),
+        ({"layer.weight": torch.ones(24, 32)}, "layer is (24, 32) in the model, but (24, 64) in the plan"),
+        ({"layer.weight": torch.ones(24, 64, dtype=torch.int32)}, "layer.weight: w must be float16"),
+    ):
+        safetensors.torch.save_file(tensors, other)
+        assert cli.main(["quantize", str(other), str(out), "--plan", str(plan_file)]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["quantize", str(model_file), str(out), "--plan", str(plan_file), "--skip", "layer*"]) == 2
+    assert "--skip is for --scheme" in capsys.readouterr().err
+    assert cli.main(["quantize", str(model_file), str(out), "--plan", str(model_file)]) == 2
+    assert "not a plan" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_skip_patterns_are_yours_to_choose(model_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "small.safetensors"
     assert cli.main(["quantize", str(model_file), str(out), "--scheme", "w8c", "--skip", "layer*"]) == 0
