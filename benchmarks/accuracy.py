@@ -28,11 +28,12 @@ from benchmarks import harness, peers
 from benchmarks.subjects import SUBJECTS, Encoder, LanguageModel, Subject
 from qkernels import tables
 from qkernels.calibrate.probe import writes
-from qkernels.model import DEFAULT_SKIP, quantize_model, select
+from qkernels.model import quantize_model
 from qkernels.nn import QuantLinear, places
 from qkernels.planning.plan import plan
 from qkernels.planning.result import Plan
 from qkernels.scheme import Scheme
+from qkernels.selection import DEFAULT_SKIP, select
 from qkernels.tensor import QuantizationError, stored_bytes
 
 RESULT = harness.RESULTS / "accuracy/accuracy.json"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import QTensor, QuantLinear, Scheme, merge_siblings, packing
-from qkernels.model import DEFAULT_SKIP
 from qkernels.nn import places, put
+from qkernels.selection import DEFAULT_SKIP
 from qkernels.tuning import timing
 
 # The fields of LlamaConfig.

@@ -8,7 +8,7 @@ report = qkernels.quantize_model(model, "w4g128")
 from qkernels.checkpoint import load, save
 from qkernels.formats.native import FormatError
 from qkernels.merge import merge_siblings
-from qkernels.model import QuantizationReport, quantize_model
+from qkernels.model import quantize_model
 from qkernels.nn import QuantLinear
 from qkernels.planning.plan import plan
 from qkernels.planning.result import Plan
@@ -16,6 +16,7 @@ from qkernels.reporting.measure import report
 from qkernels.reporting.table import QualityReport
 from qkernels.scheme import Scheme
 from qkernels.siblings import MergedLinear
+from qkernels.summary import QuantizationReport
 from qkernels.tensor import QTensor, QuantizationError, quantize
 
 __all__ = [

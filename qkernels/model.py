@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import fnmatch
 import os
 import time
 import warnings
@@ -13,129 +11,26 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from qkernels import fit, reference, tables
+from qkernels import fit
+from qkernels.calibrate.batches import Batch, CalibrationError
 from qkernels.calibrate.blocks import calibrate
 from qkernels.calibrate.distill import distill as distilled
 from qkernels.calibrate.probe import importances, random_batches, written_batches
 from qkernels.calibrate.smooth import METHODS as SMOOTHINGS
 from qkernels.calibrate.smooth import smoothed
-from qkernels.calibrate.walk import Batch, CalibrationError
-from qkernels.checks import DTYPES
-from qkernels.merge import SIBLINGS, Merged, check_groups, merge_siblings
+from qkernels.merge import SIBLINGS, check_groups, merge_siblings
 from qkernels.nn import QuantLinear, places, put
 from qkernels.planning.result import Plan
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.tensor import QTensor, QuantizationError, quantize
-
-# The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.
-DEFAULT_SKIP = ("lm_head", "*.lm_head")
+from qkernels.selection import DEFAULT_SKIP, check_quantizable, select
+from qkernels.summary import LayerReport, QuantizationReport
+from qkernels.tensor import QTensor, quantize
 
 METHODS = (*fit.METHODS, "gptq")
 SOURCES = ("random", "written")  # of calibration, where a user has no batches
 # Where nothing is known of the inputs, a search that lowers the error of weights pays at the output only here.
 _BLIND_SEARCH_BITS = 3
 _WRITTEN = 48, 256  # sequences and their tokens, of the model's own: second moments need more than the size of inputs
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """One quantized layer.
-
-    Attributes:
-        name: of the module.
-        scheme: as a string.
-        shape: (out_features, in_features).
-        original_bytes: of the float weight.
-        nbytes: of codes, scales and zeros, padding included.
-        error: of the weight.
-        method: that chose the codes; with what stood in where it could not be used.
-    """
-
-    name: str
-    scheme: str
-    shape: tuple[int, int]
-    original_bytes: int
-    nbytes: int
-    error: QuantizationError
-    method: str
-
-    @property
-    def weights(self) -> int:
-        """How many."""
-        return self.shape[0] * self.shape[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizationReport:
-    """What quantize_model did; `print` it for a table.
-
-    Attributes:
-        layers: the quantized ones, in the model's order.
-        skipped: names of the Linears that were left alone.
-        seconds: that it took.
-        merged: groups of layers that are multiplied in one launch, and siblings that are not, with the reason.
-    """
-
-    layers: tuple[LayerReport, ...]
-    skipped: tuple[str, ...]
-    seconds: float
-    merged: Merged | None = None
-
-    @property
-    def original_bytes(self) -> int:
-        """Of the float weights that were quantized."""
-        return sum(layer.original_bytes for layer in self.layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Of their codes, scales and zeros."""
-        return sum(layer.nbytes for layer in self.layers)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 nbytes over the number of quantized weights."""
-        return 8 * self.nbytes / max(1, sum(layer.weights for layer in self.layers))
-
-    @property
-    def error(self) -> QuantizationError:
-        """Of all quantized weights together."""
-        return sum((layer.error for layer in self.layers), QuantizationError(0.0, 0.0, 0.0))
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            (
-                layer.name,
-                layer.scheme,
-                layer.method,
-                f"{layer.shape[0]} x {layer.shape[1]}",
-                tables.size(layer.nbytes),
-                f"{8 * layer.nbytes / max(1, layer.weights):.2f}",
-                f"{layer.error.snr_db:.1f}",
-            )
-            for layer in self.layers
-        ]
-        columns: tuple[str, ...] = ("layer", "scheme", "method", "shape", "size", "bits/weight", "SNR dB")
-        text_columns = 3
-        title = (
-            f"{len(self.layers)} layers: {tables.size(self.original_bytes)} -> {tables.size(self.nbytes)}, "
-            f"{self.bits_per_weight:.2f} bits per weight, SNR {self.error.snr_db:.1f} dB, {self.seconds:.1f} s; "
-            f"left alone: {', '.join(self.skipped) or 'none'}"
-        )
-        if self.merged is not None:
-            launch = {name: _together(names) for names in self.merged.groups for name in names}
-            rows = [(*row[:3], launch.get(row[0], ""), *row[3:]) for row in rows]
-            columns, text_columns = (*columns[:3], "one launch", *columns[3:]), 4
-            title += f"; {len(self.merged.groups)} groups multiplied in one launch"
-            if count := len(self.merged.not_proved):
-                title += f", {count} of them not in inference mode nor under torch.compile"
-            for names, reason in self.merged.apart:
-                title += f"; not all of {_together(names)} of {names[0].rpartition('.')[0] or 'the model'}: {reason}"
-        return tables.text(title, columns, rows, text_columns=text_columns)
-
-
-def _together(names: Sequence[str]) -> str:
-    """Siblings without what their names share: q_proj + k_proj + v_proj."""
-    return " + ".join(name.rpartition(".")[2] for name in names)
 
 
 def quantize_model(
@@ -367,61 +262,3 @@ def method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str,
     if method is None:
         method = "search" if weighted or scheme.bits <= _BLIND_SEARCH_BITS else "rtn"
     return method, "" if method == "rtn" else blind
-
-
-def select(
-    model: nn.Module, default: Scheme | None, skip: Sequence[str], schemes: Mapping[str, str | Scheme | None]
-) -> tuple[dict[str, tuple[nn.Linear, Scheme]], list[str]]:
-    """({name: (layer, scheme)}, names left alone)."""
-    if isinstance(skip, str):
-        raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}; write skip=[{skip!r}]")
-    parsed = {pattern: None if s is None else as_scheme(s) for pattern, s in schemes.items()}
-    names: dict[nn.Module, list[str]] = {}  # a shared layer has several
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            names.setdefault(module, []).append(name)
-    if any("" in found for found in names.values()):
-        raise ValueError("model is itself an nn.Linear, which cannot be replaced in place; use QuantLinear.from_linear")
-    for pattern in [*skip, *parsed]:
-        if pattern not in DEFAULT_SKIP and not any(_fits(pattern, found) for found in names.values()):
-            example = next(iter(names.values()), ["none"])[0]
-            raise ValueError(f"pattern {pattern!r} fits no nn.Linear of the model; names are like {example!r}")
-    plan: dict[str, tuple[nn.Linear, Scheme]] = {}
-    skipped = []
-    for module, found in names.items():
-        named = next((pattern for pattern in parsed if _fits(pattern, found)), None)
-        chosen = default if named is None else parsed[named]
-        spared = any(_fits(pattern, found) for pattern in skip) and not (named is not None and skip is DEFAULT_SKIP)
-        if chosen is None or spared or type(module) is not nn.Linear:
-            skipped.append(found[0])
-        else:
-            plan[found[0]] = module, chosen
-    if not plan:
-        left = f"only {', '.join(skipped)}, left alone" if skipped else "none"
-        raise ValueError(f"model ({type(model).__name__}) holds no nn.Linear to quantize: {left}")
-    return plan, skipped
-
-
-def _fits(pattern: str, names: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
-    """Raise ValueError or TypeError, naming the layer, unless it can be replaced by a quantized one."""
-    weight = linear.weight.detach()
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{name}.weight must be float16, bfloat16 or float32, got {weight.dtype}")
-    if weight.is_meta:
-        raise ValueError(f"{name}.weight is on the meta device: load the weights first")
-    if (
-        "forward" in vars(linear)
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
-    ):
-        raise ValueError(f"{name} has hooks or a forward of its own, which would be lost: remove them first")
-    try:
-        reference.scale_and_zero(*reference.group_range(weight, scheme), scheme)
-    except ValueError as error:
-        raise ValueError(f"{name}.weight: {error}") from None

@@ -33,6 +33,8 @@ FLOORS = {
     "qkernels.formats": 5,
     "qkernels.quality": 5,
     "qkernels.calibrate": 5,
+    "qkernels.selection": 5,
+    "qkernels.summary": 5,
     "qkernels.planning": 6,
     "qkernels.model": 6,
     "qkernels.checkpoint": 6,

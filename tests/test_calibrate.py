@@ -16,11 +16,12 @@ import qkernels
 from qkernels import Scheme, reference
 from qkernels.calibrate import blocks as blocks_module
 from qkernels.calibrate import gptq as gptq_module
+from qkernels.calibrate.batches import CalibrationError, Call, padding
 from qkernels.calibrate.blocks import _made_up, _Moments, calibrate
 from qkernels.calibrate.gptq import SingularHessianError, damped, gptq
 from qkernels.calibrate.probe import importances, random_batches
 from qkernels.calibrate.resume import ResumeError
-from qkernels.calibrate.walk import CalibrationError, Call, input_until, inputs_of, padding
+from qkernels.calibrate.walk import input_until, inputs_of
 from qkernels.fit import fit
 
 

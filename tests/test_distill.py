@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import qkernels
 from qkernels import Scheme, reference
 from qkernels.calibrate import distill as module
+from qkernels.calibrate.batches import CalibrationError
 from qkernels.calibrate.distill import distill
-from qkernels.calibrate.walk import CalibrationError
 from qkernels.tensor import QTensor, quantize
 from tests.tiny_model import TOKENS, TinyModel, save_tiny_llama
 

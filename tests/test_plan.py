@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import qkernels
+from qkernels.calibrate.batches import CalibrationError
 from qkernels.calibrate.probe import random_batches, written_batches
-from qkernels.calibrate.walk import CalibrationError
 from qkernels.formats.native import FormatError
 from qkernels.planning import fisher, knapsack, trial
 from qkernels.planning.knapsack import Option

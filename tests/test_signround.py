@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import qkernels
 from qkernels import Scheme, packing
 from qkernels.calibrate import signround as module
+from qkernels.calibrate.batches import CalibrationError, Call
 from qkernels.calibrate.blocks import calibrate
 from qkernels.calibrate.signround import round_together
-from qkernels.calibrate.walk import CalibrationError, Call
 from qkernels.tensor import QTensor, quantize
 from tests.tiny_model import Block, save_tiny_llama
 

@@ -16,8 +16,8 @@ from qkernels import Scheme, reference
 from qkernels import model as model_module
 from qkernels.calibrate import blocks as blocks_module
 from qkernels.calibrate import smooth as smooth_module
+from qkernels.calibrate.batches import CalibrationError
 from qkernels.calibrate.smooth import smoothed
-from qkernels.calibrate.walk import CalibrationError
 from qkernels.fit import fit
 
 

@@ -17,20 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import packing, reference
+from qkernels.calibrate.batches import Batch, CalibrationError, as_calls, evaluating
 from qkernels.calibrate.gptq import DAMPING, SingularHessianError, gptq
 from qkernels.calibrate.resume import Folder, digest
 from qkernels.calibrate.signround import round_together
-from qkernels.calibrate.walk import (
-    Batch,
-    Block,
-    CalibrationError,
-    as_calls,
-    evaluating,
-    find_blocks,
-    input_until,
-    observe,
-    record,
-)
+from qkernels.calibrate.walk import Block, find_blocks, input_until, observe, record
 from qkernels.fit import fit
 from qkernels.quality import floating_output
 from qkernels.scheme import Scheme

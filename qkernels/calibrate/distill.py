@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import packing, reference
-from qkernels.calibrate.walk import Batch, Call, as_calls, evaluating, frozen, predictions, run_batch
+from qkernels.calibrate.batches import Batch, Call, as_calls, evaluating, frozen, predictions, run_batch
 from qkernels.fit import store_scale
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Batch, CalibrationError, as_calls, evaluating, rows, run_batch
+from qkernels.calibrate.batches import Batch, CalibrationError, as_calls, evaluating, rows, run_batch
 
 # Random tokens in short sequences: in long ones, unlike in text, attention blurs what single tokens do.
 _RANDOM, _RANDOM_LENGTH = 64, 32

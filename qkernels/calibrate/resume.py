@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Call
+from qkernels.calibrate.batches import Call
 from qkernels.formats import native
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import packing, reference
+from qkernels.calibrate.batches import CalibrationError, Call, rows
 from qkernels.calibrate.gptq import Grid
-from qkernels.calibrate.walk import CalibrationError, Call, rows
 from qkernels.fit import store_scale
 from qkernels.quality import floating_output
 from qkernels.tensor import QTensor

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from qkernels import plots, tables
 from qkernels.demo import fetch, language_model
-from qkernels.model import QuantizationReport, quantize_model
+from qkernels.model import quantize_model
 from qkernels.quality import PredictionScore
 from qkernels.scheme import Scheme
+from qkernels.summary import QuantizationReport
 
 # Each row adds one idea: scales per tensor, per channel, per group; zero points; fewer bits.
 SCHEMES = ("w8ts", "w8cs", "w4ts", "w4cs", "w4g128s", "w4g128", "w4g64", "w4g32f", "w3g64", "w2g64")

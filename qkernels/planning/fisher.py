@@ -20,7 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, frozen, predictions, run_batch
+from qkernels.calibrate.batches import (
+    Batch,
+    CalibrationError,
+    Call,
+    as_calls,
+    evaluating,
+    frozen,
+    predictions,
+    run_batch,
+)
 
 # A mean of squares of so many scores is within a fifth of its expectation two times out of three.
 _SCORES = 64

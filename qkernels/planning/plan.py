@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibrate.batches import Batch
 from qkernels.calibrate.probe import importances
-from qkernels.calibrate.walk import Batch
 from qkernels.merge import SIBLINGS, check_groups
-from qkernels.model import DEFAULT_SKIP, batches_of, check_method, check_quantizable, method_for, select
+from qkernels.model import batches_of, check_method, method_for
 from qkernels.planning import fisher, knapsack, trial
 from qkernels.planning.result import Plan, PlannedLayer, Uniform
 from qkernels.scheme import Scheme, as_scheme
+from qkernels.selection import DEFAULT_SKIP, check_quantizable, select
 from qkernels.tensor import QTensor, quantize, stored_bytes
 
 # Needs of layers differ by less than whole bits: between them lie groups of other sizes, which cost no more for a bit.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import Batch, CalibrationError, Call, as_calls, evaluating, predictions, run_batch
+from qkernels.calibrate.batches import Batch, CalibrationError, Call, as_calls, evaluating, predictions, run_batch
 from qkernels.tensor import QTensor
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import rows
+from qkernels.calibrate.batches import rows
 
 
 class SecondMoments:

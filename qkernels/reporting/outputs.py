@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.walk import evaluating, padding, rows
+from qkernels.calibrate.batches import evaluating, padding, rows
 from qkernels.quality import PredictionScore, field, floating_output
 from qkernels.reporting._second_moments import SecondMoments
 from qkernels.reporting.rows import ModelQuality
