@@ -37,7 +37,7 @@ from qkernels.selection import DEFAULT_SKIP, select
 from qkernels.tensor import QuantizationError, stored_bytes
 
 RESULT = harness.RESULTS / "accuracy/accuracy.json"
-SCHEMES = ("w4g128", "w4g64", "w3g64", "w2g64", "w8g128", "w4g32", "w3g128", "w2g32")
+SCHEMES = ("w4g128", "w4g64", "w3g64", "w2g64", "w8g128", "w4g32", "w3g128", "w2g32", "w4g32f")
 
 
 @dataclasses.dataclass(frozen=True)

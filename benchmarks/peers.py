@@ -62,8 +62,8 @@ PACKAGES = ("hqq", "optimum-quanto")
 def refusal(peer: str, scheme: Scheme, in_features: int) -> str | None:
     """Why a peer cannot store a weight so, or None."""
     module, _, stores = PEERS[peer]
-    if not isinstance(scheme.group_size, int) or scheme.value_map == "symmetric":
-        return "compared on groups with zeros only"
+    if not isinstance(scheme.group_size, int) or scheme.value_map != "affine":
+        return "compared on groups with integer zeros, in whose place they keep what they keep"
     try:
         if importlib.util.find_spec(module) is None:
             return "not installed"

@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import accuracy, floors, harness, matmul, peers, providers
@@ -33,6 +33,8 @@ STATIC = ROOT / "benchmarks/results/static/matmul.json"
 STATIC_SCHEMES = ("w4g128", "w8g128", "w2g64", "w3g128")
 STATIC_CAPABILITIES = (80, 89, 90)
 KINDS = ("matmul", "model", "energy")  # of result files that the README shows
+_WIDEST = 5  # schemes in a table of accuracy
+_LOSSLESS = 1e-6  # what rounding of float32 comes to
 
 
 def with_table(readme: str, record: dict[str, Any]) -> str:
@@ -216,21 +218,18 @@ def accuracy_block(path: pathlib.Path) -> str:
     for model, unquantized in record["models"].items():
         metrics = SUBJECTS[model].metrics
         entries = [e for e in record["entries"] if e["model"] == model and "skipped" not in e]
-        schemes = [s for s in accuracy.SCHEMES if any(e["scheme"] == s for e in entries)]
-        own = {e["scheme"]: e["bits_per_weight"] for e in entries if e["method"] in accuracy.OURS}
-        lines = []
-        for method in accuracy.METHODS:
-            found = {e["scheme"]: e for e in entries if e["method"] == method}
-            if found:
-                cells = (_accuracy_cell(found.get(scheme), list(metrics), own.get(scheme)) for scheme in schemes)
-                lines.append((method, *cells))
-        columns = ("method", *(f"{scheme}, {own[scheme]:.2f} bits" if scheme in own else scheme for scheme in schemes))
+        ours = sorted((e["bits_per_weight"], e["scheme"]) for e in entries if e["method"] in accuracy.OURS)
+        own = {scheme: bits for bits, scheme in ours}  # a plan may take less than the scheme in whose bytes it stays
+        schemes = sorted(own, key=lambda scheme: own[scheme], reverse=True)
+        width = -(-len(schemes) // -(-len(schemes) // _WIDEST))  # tables as wide as each other
+        parts = [schemes[i : i + width] for i in range(0, len(schemes), width)]
+        shown = "\n".join(_accuracy_table(entries, part, list(metrics), own) for part in parts)
         first = next(iter(metrics))
-        widest = max(e[f"{first}_error"] / e[first] for e in entries if e[first])
+        widest = max(e[f"{first}_error"] / e[first] for e in entries if e[first] >= _LOSSLESS)
         perplexity = f"; unquantized {unquantized['perplexity']:.2f}" if "perplexity" in metrics else ""
         blocks.append(
             f"{model}: {' / '.join(metrics.values())}{perplexity}; {unquantized['about']}.\n\n"
-            f"{markdown(columns, lines)}\nStandard errors of {metrics[first]} are at most {100 * widest:.1f} % of it.\n"
+            f"{shown}\nStandard errors of {metrics[first]} are at most {100 * widest:.1f} % of it.\n"
         )
     methods = {e["method"] for e in record["entries"]}
     legend = "; ".join(f"{name}: {method.what}" for name, method in accuracy.OURS.items() if name in methods)
@@ -245,15 +244,30 @@ def accuracy_block(path: pathlib.Path) -> str:
     )
 
 
-def _accuracy_cell(entry: dict[str, Any] | None, metrics: Sequence[str], own_bits: float | None) -> str:
+def _accuracy_table(
+    entries: Sequence[dict[str, Any]], schemes: Sequence[str], metrics: Sequence[str], own: Mapping[str, float]
+) -> str:
+    """Methods by some schemes."""
+    lines = []
+    for method in accuracy.METHODS:
+        found = {e["scheme"]: e for e in entries if e["method"] == method and e["scheme"] in schemes}
+        if found:
+            cells = (_accuracy_cell(found.get(scheme), metrics, own[scheme]) for scheme in schemes)
+            lines.append((method, *cells))
+    return markdown(("method", *(f"{scheme}, {own[scheme]:.2f} bits" for scheme in schemes)), lines)
+
+
+def _accuracy_cell(entry: dict[str, Any] | None, metrics: Sequence[str], own_bits: float) -> str:
     if entry is None:
         return ""
     scores = " / ".join(_score(entry[key]) for key in metrics)
     bits = entry["bits_per_weight"]
-    return scores if own_bits is None or abs(bits - own_bits) < 0.005 else f"{scores} ({bits:.2f} bits)"
+    return scores if abs(bits - own_bits) < 0.005 else f"{scores} ({bits:.2f} bits)"
 
 
 def _score(value: float) -> str:
+    if value < _LOSSLESS:
+        return f"< {_LOSSLESS:g}"
     return f"{value:.2g}" if value >= 1e5 else f"{value:.0f}" if value >= 1e3 else f"{value:.4g}"
 
 

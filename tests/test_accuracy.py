@@ -115,8 +115,8 @@ def test_peers_say_what_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peers.refusal("hqq package", Scheme.parse("w5g64"), 576) == "no 5 bits"
     assert peers.refusal("quanto", Scheme.parse("w4g128"), 576) == "576 inputs are not whole groups of 128"
     assert peers.refusal("quanto", Scheme.parse("w3g64"), 576) == "no groups with 3 bits"
-    for scheme in ("w4c", "w4g64s"):
-        assert "groups with zeros" in str(peers.refusal("hqq package", Scheme.parse(scheme), 576))
+    for scheme in ("w4c", "w4g64s", "w4g64f"):
+        assert "groups with integer zeros" in str(peers.refusal("hqq package", Scheme.parse(scheme), 576))
 
 
 def test_bits_of_a_peer_count_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
