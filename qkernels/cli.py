@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     quantize.set_defaults(run=_quantize)
 
-    inspect = commands.add_parser("inspect", help="list what a file that qkernels wrote holds, and check it")
+    inspect = commands.add_parser(
+        "inspect", help="list what a file holds that qkernels wrote, or a GGUF file, and check it"
+    )
     inspect.add_argument("file", type=pathlib.Path)
     inspect.set_defaults(run=_inspect)
 
@@ -202,12 +204,11 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from qkernels import tables
-    from qkernels.formats import native
+    from qkernels import formats, tables
     from qkernels.tensor import QTensor
 
     rows = []
-    tensors = native.read(options.file)
+    tensors = formats.read(options.file)
     for name, tensor in tensors.items():
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         if isinstance(tensor, QTensor):
