@@ -116,11 +116,16 @@ def predictions(output: Any, call: Call, batch: int) -> tuple[Tensor, bool]:
 
 
 def rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (..., K) as (tokens, K) float32, without those that a mask (batch, tokens) of its leading sizes calls padding.
+    """x (..., K) as (tokens, K) float32, without padding."""
+    return unpadded(x, mask).float()
+
+
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (..., K) as (tokens, K), without those that a mask (batch, tokens) of its leading sizes calls padding.
 
     Inputs of other leading sizes, as those of experts, hold nobody knows whose tokens: all of them count.
     """
-    flat = x.reshape(-1, x.shape[-1]).float()
+    flat = x.reshape(-1, x.shape[-1])
     return flat if mask is None or mask.shape != x.shape[:-1] else flat[mask.reshape(-1).to(x.device).bool()]
 
 

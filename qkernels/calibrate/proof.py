@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.batches import Call, rows
+from qkernels.calibrate.batches import Call, unpadded
 from qkernels.calibrate.walk import Block
 
 
@@ -164,7 +164,7 @@ def _widened(value: Any) -> Any:
 def tensors(output: Any, call: Call) -> list[Tensor]:
     """Floating tensors in what a module returned, without padding."""
     if isinstance(output, Tensor):
-        return [rows(output, call.mask) if output.ndim else output] if output.is_floating_point() else []
+        return [unpadded(output, call.mask) if output.ndim else output] if output.is_floating_point() else []
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return [tensor for item in items for tensor in tensors(item, call)]
 
