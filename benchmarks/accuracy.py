@@ -39,6 +39,8 @@ from qkernels.tensor import QuantizationError, stored_bytes
 RESULT = harness.RESULTS / "accuracy/accuracy.json"
 SCHEMES = ("w4g128", "w4g64", "w3g64", "w2g64", "w8g128", "w4g32", "w3g128", "w2g32", "w4g32f")
 
+LOSSLESS = 1e-6  # a score below is what rounding of float32 comes to
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import harness, providers
+from benchmarks.accuracy import LOSSLESS
 from benchmarks.subjects import SUBJECTS
 
 # provider -> color; the baseline is grey
@@ -36,6 +37,7 @@ FIGURES = {
     "speed-up": ("speed_up", "speed-up over bfloat16 cuBLAS, cold", True),
     "floor": ("eta", "floor / cold time", False),
 }
+_MOST_BITS = 6  # per weight, in pictures of accuracy
 # method of benchmarks.accuracy -> (color, marker, line): what is calibrated in full lines, other packages dotted
 METHOD_STYLES = {
     "rtn": ("#9a9a9a", "o", "--"),
@@ -166,11 +168,16 @@ def draw_energy(record: harness.Record, path: pathlib.Path) -> Iterator[pathlib.
 
 
 def curves(record: harness.Record, model: str) -> dict[str, list[tuple[float, float]]]:
-    """{method: [(bits per weight, first score of the model)]} of a result file of benchmarks.accuracy, by bits."""
+    """{method: [(bits per weight, first score of the model)]} of a result file of benchmarks.accuracy, by bits.
+
+    Without what loses nothing, and what takes so many bits that little is lost: they would leave no room for the rest.
+    """
     key = next(iter(SUBJECTS[model].metrics))
     found: dict[str, list[tuple[float, float]]] = {}
     for entry in record["entries"]:
-        if entry["model"] == model and "skipped" not in entry:
+        if entry["model"] != model or "skipped" in entry:
+            continue
+        if entry["bits_per_weight"] <= _MOST_BITS and entry[key] >= LOSSLESS:
             found.setdefault(entry["method"], []).append((entry["bits_per_weight"], entry[key]))
     return {method: sorted(points) for method, points in found.items()}
 

@@ -34,7 +34,6 @@ STATIC_SCHEMES = ("w4g128", "w8g128", "w2g64", "w3g128")
 STATIC_CAPABILITIES = (80, 89, 90)
 KINDS = ("matmul", "model", "energy")  # of result files that the README shows
 _WIDEST = 5  # schemes in a table of accuracy
-_LOSSLESS = 1e-6  # what rounding of float32 comes to
 
 
 def with_table(readme: str, record: dict[str, Any]) -> str:
@@ -225,7 +224,7 @@ def accuracy_block(path: pathlib.Path) -> str:
         parts = [schemes[i : i + width] for i in range(0, len(schemes), width)]
         shown = "\n".join(_accuracy_table(entries, part, list(metrics), own) for part in parts)
         first = next(iter(metrics))
-        widest = max(e[f"{first}_error"] / e[first] for e in entries if e[first] >= _LOSSLESS)
+        widest = max(e[f"{first}_error"] / e[first] for e in entries if e[first] >= accuracy.LOSSLESS)
         perplexity = f"; unquantized {unquantized['perplexity']:.2f}" if "perplexity" in metrics else ""
         blocks.append(
             f"{model}: {' / '.join(metrics.values())}{perplexity}; {unquantized['about']}.\n\n"
@@ -266,8 +265,8 @@ def _accuracy_cell(entry: dict[str, Any] | None, metrics: Sequence[str], own_bit
 
 
 def _score(value: float) -> str:
-    if value < _LOSSLESS:
-        return f"< {_LOSSLESS:g}"
+    if value < accuracy.LOSSLESS:
+        return f"< {accuracy.LOSSLESS:g}"
     return f"{value:.2g}" if value >= 1e5 else f"{value:.0f}" if value >= 1e3 else f"{value:.4g}"
 
 

@@ -212,3 +212,12 @@ def test_command_refuses_a_scheme_that_is_none(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         accuracy.main(["--schemes", "w4g100"])
     assert "w4g100" in capsys.readouterr().err
+
+
+def test_pictures_leave_out_what_would_flatten_the_rest() -> None:
+    name = subjects.LanguageModel.name
+    entries = [
+        {"model": name, "method": "rtn", "bits_per_weight": bits, "kl": kl}
+        for bits, kl in ((4.2, 0.3), (2.4, 9.0), (8.2, 0.001), (5.0, 1e-10))
+    ]
+    assert plot.curves({"entries": entries}, name) == {"rtn": [(2.4, 9.0), (4.2, 0.3)]}
