@@ -84,7 +84,9 @@ OURS: Mapping[str, Method] = {
         "GPTQ, then scales of all layers together", {"method": "gptq", "distill": 2}, on_text=True
     ),
     "gptq, rounded, distilled": Method(
-        "GPTQ, then both", {"method": "gptq", "rounding": 200, "distill": 2}, on_text=True
+        "GPTQ, then 200 steps of SignRound in each block, then scales of all layers together",
+        {"method": "gptq", "rounding": 200, "distill": 2},
+        on_text=True,
     ),
 }
 METHODS = (*OURS, *peers.PEERS)
