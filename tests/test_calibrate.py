@@ -414,6 +414,8 @@ def test_a_mask_that_leaves_nothing_is_refused_and_one_to_add_is_none() -> None:
     batch = {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)}
     _fails_unchanged(_llama(), "gptq", [batch], "batch 0 is all padding: its attention_mask is zero everywhere")
     assert padding({"attention_mask": torch.zeros(1, 48)}) is None
+    assert padding({"attention_mask": torch.tensor([[0.0, -torch.inf]])}) is None
+    assert padding({"attention_mask": torch.tensor([[1.0, 0.0]])}) is not None
     assert padding({"attention_mask": torch.ones(1, 1, 48, 48, dtype=torch.bool)}) is None
 
 

@@ -82,10 +82,12 @@ def _moved(call: Call, device: torch.device) -> Call:
 def padding(kwargs: Mapping[str, Any]) -> Tensor | None:
     """The attention_mask (batch, tokens) in what a model is called with, if there is such a one; zero is padding.
 
-    One of floating numbers may be meant to be added, with zero for what counts: it is not taken for such a mask.
+    One of floating numbers, none above zero, is meant to be added, with zero for what counts: it is no such mask.
     """
     mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point() else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or (mask.is_floating_point() and not (mask > 0).any()):
+        return None
+    return mask
 
 
 def run_batch(model: nn.Module, call: Call, i: int) -> Any:
