@@ -63,7 +63,7 @@ def refusal(peer: str, scheme: Scheme, in_features: int) -> str | None:
     """Why a peer cannot store a weight so, or None."""
     module, _, stores = PEERS[peer]
     if not isinstance(scheme.group_size, int) or scheme.value_map != "affine":
-        return "compared on groups with integer zeros, in whose place they keep what they keep"
+        return "compared on schemes of groups with integer zeros only"
     try:
         if importlib.util.find_spec(module) is None:
             return "not installed"

@@ -42,7 +42,7 @@ def as_calls(batches: Iterable[Batch], model: nn.Module) -> list[Call]:
     """Batches as calls of the model.
 
     Raises:
-        CalibrationError: there are none, or one is empty or no tensor, mapping or sequence.
+        CalibrationError: there are none, or one is empty, all padding, or no tensor, mapping or sequence.
     """
     if isinstance(batches, (Tensor, str, Mapping)):
         raise CalibrationError(f"calibration must be an iterable of batches, got one {type(batches).__name__}")
@@ -98,6 +98,11 @@ def run_batch(model: nn.Module, call: Call, i: int) -> Any:
         raise
     except Exception as error:
         raise CalibrationError(f"the model fails on calibration batch {i}: {type(error).__name__}: {error}") from error
+
+
+def inputs_not_finite(name: str) -> CalibrationError:
+    """The error for a layer whose inputs hold NaN or infinity."""
+    return CalibrationError(f"{name}: its inputs are not finite on the calibration batches")
 
 
 def predictions(output: Any, call: Call, batch: int) -> tuple[Tensor, bool]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import packing, reference
-from qkernels.calibrate.batches import Batch, CalibrationError, as_calls, evaluating
+from qkernels.calibrate.batches import Batch, as_calls, evaluating, inputs_not_finite
 from qkernels.calibrate.gptq import DAMPING, SingularHessianError, gptq
 from qkernels.calibrate.resume import Folder, digest
 from qkernels.calibrate.signround import round_together
@@ -180,7 +180,7 @@ def _step(
                 else:  # routed elsewhere by the quantized layers before: no pairs
                     moments.add(found[step[0]], found[step[0]])
     if not moments.finite:
-        raise CalibrationError(f"{named[inside[step[0]]]}: its inputs are not finite on the calibration batches")
+        raise inputs_not_finite(named[inside[step[0]]])
     for paths in _alike(step, [plan[named[inside[path]]][1] for path in step]):
         linears = [plan[named[inside[path]]][0] for path in paths]
         scheme = plan[named[inside[paths[0]]]][1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.batches import Batch, CalibrationError, as_calls, evaluating, rows, run_batch
+from qkernels.calibrate.batches import Batch, CalibrationError, as_calls, evaluating, inputs_not_finite, rows, run_batch
 
 # Random tokens in short sequences: in long ones, unlike in text, attention blurs what single tokens do.
 _RANDOM, _RANDOM_LENGTH = 64, 32
@@ -113,5 +113,5 @@ def importances(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Ite
             handle.remove()
     for name, found in sums.items():
         if not torch.isfinite(found).all():
-            raise CalibrationError(f"{name}: its inputs are not finite on the calibration batches")
+            raise inputs_not_finite(name)
     return {name: found / max(1, counts[name]) for name, found in sums.items()}

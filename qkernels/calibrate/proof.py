@@ -79,7 +79,7 @@ class Proof:
         self.paths = {id(p): path for path, p in block.module.named_parameters()}
         if has_half(block.module):
             self.module = copy.deepcopy(block.module).float()
-            self.calls = [Call(_widened(c.args), _widened(c.kwargs), c.mask) for c in block.calls]
+            self.calls = [dataclasses.replace(c, args=_widened(c.args), kwargs=_widened(c.kwargs)) for c in block.calls]
             self.hidden = _widened(list(hidden))
             returned = [call.run(self.module, h) for call, h in zip(self.calls, self.hidden, strict=True)]
         self.wanted = [tensors(output, call) for output, call in zip(returned, self.calls, strict=True)]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import reference
-from qkernels.calibrate.batches import Batch, CalibrationError, Call, as_calls, evaluating, run_batch
+from qkernels.calibrate.batches import Batch, CalibrationError, Call, as_calls, evaluating, inputs_not_finite, run_batch
 from qkernels.calibrate.proof import Fold, Proof, equal, has_half, provider_of, scaled, tensors
 from qkernels.calibrate.walk import find_blocks, observe, record
 from qkernels.fit import fit
@@ -105,8 +105,7 @@ def _folds(
             linears: dict[str, Any] = {named[inside[path]]: inside[path] for path in step}
             x = torch.cat([inputs[step[0]] for inputs in seen.inputs if step[0] in inputs])
             if not torch.isfinite(x).all():
-                name = next(iter(linears))
-                raise CalibrationError(f"{name}: its inputs are not finite on the calibration batches")
+                raise inputs_not_finite(next(iter(linears)))
             reached = next(i for i, inputs in enumerate(seen.inputs) if step[0] in inputs)
             provider = provider_of(proof, linears, uses, reached, hidden[reached])
             if provider is not None and x.numel():

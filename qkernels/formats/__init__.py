@@ -23,6 +23,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
 
     Raises:
         FormatError: the file is damaged, hostile, of another format, or holds what is not read; the message names it.
+        ImportError: it is a GGUF file, and the package gguf is not installed.
         OSError: the file cannot be read.
     """
     from qkernels.formats import gguf, native

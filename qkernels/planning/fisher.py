@@ -248,4 +248,5 @@ def _detached(call: Call) -> Call:
     def plain(value: Any) -> Any:
         return value.detach() if isinstance(value, Tensor) else value
 
-    return Call(tuple(map(plain, call.args)), {k: plain(v) for k, v in call.kwargs.items()}, call.mask)
+    kwargs = {k: plain(v) for k, v in call.kwargs.items()}
+    return dataclasses.replace(call, args=tuple(map(plain, call.args)), kwargs=kwargs)
