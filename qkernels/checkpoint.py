@@ -32,7 +32,7 @@ def save(source: nn.Module | Mapping[str, Tensor | QTensor], path: Path) -> None
         return
     tensors: dict[str, Tensor | QTensor] = dict(source.state_dict(keep_vars=False))
     for name, layer in _quantized_weights(source).items():
-        for suffix in ("_scale", "_zero"):
+        for suffix in native.parts_of(layer.qweight):
             tensors.pop(name + suffix, None)
         tensors[name] = layer.qweight
     native.write(path, tensors)
@@ -137,7 +137,7 @@ def _check_fits_model(
             shape = (module.out_features, module.in_features)
             raise FormatError(f"{path}: {name} is {tuple(tensor.shape)}, but the model's layer is {shape}")
         layers[module] = tensor
-        for suffix in ("", "_scale", "_zero"):
+        for suffix in native.SUFFIXES:
             wanted.pop(name + suffix, None)
     if unexpected := plain.keys() - wanted.keys():
         raise FormatError(f"{path}: {min(unexpected)} is not in the model ({len(unexpected)} such tensors)")

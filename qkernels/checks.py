@@ -81,6 +81,20 @@ def check_zeros(zero: Tensor | None, scheme: Scheme) -> None:
         raise ValueError(f"zero must be at most {scheme.code_max} for scheme {str(scheme)!r}, got {largest}")
 
 
+def check_order(order: Tensor | None, packed: Tensor, in_features: int) -> None:
+    """Raise ValueError unless order is a permutation of the input features. It waits for a GPU: not for every call."""
+    if order is None:
+        return
+    if order.shape != (in_features,) or order.dtype is not torch.int32:
+        raise ValueError(f"order must be ({in_features},) int32, got {tuple(order.shape)} {order.dtype}")
+    if order.device != packed.device:
+        raise ValueError(f"order is on {order.device} but packed is on {packed.device}")
+    if order.is_meta or torch.compiler.is_compiling() or type(order) not in (Tensor, torch.nn.Parameter):
+        return  # no values to look at
+    if not torch.equal(order.sort().values, torch.arange(in_features, dtype=order.dtype, device=order.device)):
+        raise ValueError(f"order must hold each of 0 to {in_features - 1} once")
+
+
 def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
     """Raise TypeError or ValueError unless x, and bias if any, can meet the weight."""
     shape = x.shape

@@ -39,7 +39,8 @@ def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS)
         groups: attribute names of siblings in one parent, such as ("q_proj", "k_proj", "v_proj").
 
     Siblings of different schemes, input sizes or devices, with and without bias, or that sit in several places, stay
-    apart, and so do those with one scale for the whole tensor: the result says why. Merged ones stay as they are.
+    apart, and so do those with one scale for the whole tensor, or with an order of inputs of their own (act-order
+    GPTQ): the result says why. Merged ones stay as they are.
     """
     merged, apart, not_proved = [], [], []
     where = places(model)
@@ -51,8 +52,7 @@ def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS)
             full = {n: f"{parent_name}.{n}" if parent_name else n for n in found}
             sets: dict[Any, list[str]] = {}
             for name, layer in found.items():
-                alone = layer.scheme.group_size == "tensor" or len(where[layer]) > 1 or _is_hooked(layer)
-                sets.setdefault(name if alone else _must_agree(layer), []).append(name)
+                sets.setdefault(name if _alone(layer, where) else _must_agree(layer), []).append(name)
             for together in sets.values():
                 if len(together) > 1:
                     merged.append(tuple(full[n] for n in together))
@@ -86,13 +86,20 @@ def _must_agree(layer: QuantLinear) -> tuple[Any, ...]:
     )
 
 
-def _why_apart(layers: Sequence[QuantLinear], where: dict[nn.Module, list[tuple[nn.Module, str]]]) -> str:
-    if any(layer.scheme.group_size == "tensor" for layer in layers):
+def _alone(layer: QuantLinear, where: dict[nn.Module, list[tuple[nn.Module, str]]]) -> str | None:
+    """Why a layer cannot be merged with any other; None if it can."""
+    if layer.scheme.group_size == "tensor":
         return "one scale for a whole tensor"
-    if any(len(where[layer]) > 1 for layer in layers):
+    if layer.weight_order is not None:
+        return "an order of inputs of its own"
+    if len(where[layer]) > 1:
         return "a layer in several places"
-    if any(_is_hooked(layer) for layer in layers):
-        return "hooks or a forward of its own"
+    return "hooks or a forward of its own" if _is_hooked(layer) else None
+
+
+def _why_apart(layers: Sequence[QuantLinear], where: dict[nn.Module, list[tuple[nn.Module, str]]]) -> str:
+    if reason := next(filter(None, (_alone(layer, where) for layer in layers)), None):
+        return reason
     keys = [_must_agree(layer) for layer in layers]
     what = ("scheme", "in_features", "device", "dtype of scales", "dtype of zeros", "bias")
     return "different " + ", ".join(

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from qkernels import ops
 from qkernels.checks import DTYPES
 from qkernels.scheme import Scheme
-from qkernels.tensor import QTensor, quantize
+from qkernels.tensor import QTensor, quantize, reordered
 
 
 class QuantLinear(nn.Module):
     """y = x @ w.T + bias with a quantized w; takes the place of an nn.Linear.
 
     The codes and what goes with them are parameters without gradient, because sharding, offloading and
-    tensor-parallel tools move parameters only: `weight` (packed, int32), `weight_scale` and, unless the scheme is
-    symmetric, `weight_zero` (uint8 zeros or float offsets). `.half()`, `.to(dtype)` and the like convert the bias
+    tensor-parallel tools move parameters only: `weight` (packed, int32), `weight_scale`, unless the scheme is
+    symmetric `weight_zero` (uint8 zeros or float offsets), and where the weight has an order of inputs of its own
+    `weight_order` (int32). `.half()`, `.to(dtype)` and the like convert the bias
     alone: another scale would be another weight. x may be float16, bfloat16 or float32, and y has its dtype.
 
     Args:
@@ -32,6 +33,7 @@ class QuantLinear(nn.Module):
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter | None
+    weight_order: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(self, weight: QTensor, bias: Tensor | None = None):
@@ -39,11 +41,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.scheme: Scheme = weight.scheme
         self._scheme = str(weight.scheme)  # what the op takes
-        self.weight = nn.Parameter(weight.packed, requires_grad=False)
-        self.weight_scale = nn.Parameter(weight.scale, requires_grad=False)
-        self.register_parameter(
-            "weight_zero", None if weight.zero is None else nn.Parameter(weight.zero, requires_grad=False)
-        )
+        register_weight(self, weight)
         if bias is not None and (bias.shape != (self.out_features,) or bias.dtype not in DTYPES):
             raise ValueError(f"bias must be ({self.out_features},) floating, got {tuple(bias.shape)} {bias.dtype}")
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -59,12 +57,14 @@ class QuantLinear(nn.Module):
     @property
     def qweight(self) -> QTensor:
         """The weight as a QTensor that shares this layer's memory."""
-        zero = None if self.weight_zero is None else self.weight_zero.data
-        return QTensor(self.weight.data, self.weight_scale.data, zero, self.scheme, self.in_features)
+        zero, order = (None if p is None else p.data for p in (self.weight_zero, self.weight_order))
+        return QTensor(self.weight.data, self.weight_scale.data, zero, self.scheme, self.in_features, order)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         own = self._parameters  # a plain dict: attributes of a module cost a microsecond each
+        if (order := own["weight_order"]) is not None:
+            x = reordered(x, order)
         return ops.matmul(
             x,
             own["weight"],  # type: ignore[arg-type]
@@ -96,12 +96,23 @@ class QuantLinear(nn.Module):
         errors: Any,
     ) -> None:
         # Copying between dtypes would turn zeros into offsets, or round scales: codes of another scheme.
-        for name in ("weight", "weight_scale", "weight_zero"):
+        for name in PARTS:
             own, given = self._parameters[name], state_dict.get(prefix + name)
             if own is not None and given is not None and own.dtype != given.dtype:
                 errors.append(f"{prefix}{name} of a {self.scheme} layer must be {own.dtype}, got {given.dtype}")
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+# names of the parameters of a quantized layer -> what QTensor calls them
+PARTS = {"weight": "packed", "weight_scale": "scale", "weight_zero": "zero", "weight_order": "order"}
+
+
+def register_weight(layer: nn.Module, weight: QTensor) -> None:
+    """Give a layer the parts of a weight as parameters without gradient; None for those that it has not."""
+    for name, part in PARTS.items():
+        tensor = getattr(weight, part)
+        layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
 def keep_dtypes(fn: Callable[[Tensor], Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -158,6 +158,7 @@ class MergedLinear(QuantLinear):
     weight_zero = property(
         lambda self: self.apart().weight_zero, doc="Zeros or offsets, a view; None for symmetric schemes."
     )
+    weight_order = property(lambda self: None, doc="None: layers with an order of inputs are not merged.")
     bias = property(lambda self: self.apart().bias, doc="A view; None if there is none.")
 
     @property

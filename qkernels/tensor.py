@@ -73,9 +73,12 @@ class QTensor:
         zero: like scale: uint8 zeros, floating offsets, or None for symmetric schemes.
         scheme: how codes are read.
         in_features: K, which packed, being padded, does not tell.
+        order: (K,) int32, a permutation: codes of column j belong to input feature order[j]. None: in their own order.
+            Act-order GPTQ groups input features by their size, not by their place; on x, permuted, groups are runs.
 
     Raises:
-        ValueError: a tensor has another shape, dtype or device than the scheme asks for, or a zero is no code.
+        ValueError: a tensor has another shape, dtype or device than the scheme asks for, a zero is no code, or order is
+            no permutation.
     """
 
     packed: Tensor
@@ -83,10 +86,12 @@ class QTensor:
     zero: Tensor | None
     scheme: Scheme
     in_features: int
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         checks.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features)
         checks.check_zeros(self.zero, self.scheme)
+        checks.check_order(self.order, self.packed, self.in_features)
 
     @property
     def shape(self) -> torch.Size:
@@ -100,8 +105,8 @@ class QTensor:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored: packed, scale and, unless the scheme is symmetric, zero."""
-        return (self.packed, self.scale) if self.zero is None else (self.packed, self.scale, self.zero)
+        """What is stored: packed, scale, zero and order, those of the last two that there are."""
+        return tuple(t for t in (self.packed, self.scale, self.zero, self.order) if t is not None)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +131,17 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (N, K) that the codes stand for, in float32, float16 or bfloat16."""
-        return ops.dequantize(self.packed, self.scale, self.zero, str(self.scheme), self.in_features, dtype)
+        w = ops.dequantize(self.packed, self.scale, self.zero, str(self.scheme), self.in_features, dtype)
+        return w if self.order is None else w.index_select(1, torch.argsort(self.order))
+
+    def rows(self, index: Tensor) -> QTensor:
+        """Rows of the weight, in the order of a (rows,) integer index: codes and scales are gathered, nothing else."""
+        beside = self.scheme.group_size == "tensor"  # then one scale is every row's
+        scale, zero = (
+            t if t is None or beside else t.index_select(1, index).contiguous() for t in (self.scale, self.zero)
+        )
+        assert scale is not None
+        return dataclasses.replace(self, packed=self.packed.index_select(0, index), scale=scale, zero=zero)
 
     def error(self, w: Tensor) -> QuantizationError:
         """How far this is from the original weight w (N, K)."""
@@ -138,8 +153,10 @@ class QTensor:
         """The same codes and scales on another device. Dtypes stay: another scale would be another weight."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"QTensor.to changes the device alone, got {device}; q.dequantize({device}) gives a tensor")
-        zero = None if self.zero is None else self.zero.to(device)
-        return dataclasses.replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero)
+        zero, order = (None if t is None else t.to(device) for t in (self.zero, self.order))
+        return dataclasses.replace(
+            self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero, order=order
+        )
 
     @classmethod
     def __torch_function__(
@@ -185,7 +202,15 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:  
         raise TypeError(
             f"F.linear(x, q) takes a Tensor and a QTensor, got {type(input).__name__} and {type(weight).__name__}"
         )
-    return ops.matmul(input, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features)
+    x = input if weight.order is None else reordered(input, weight.order)
+    return ops.matmul(x, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features)
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x (..., K) with its features in the order of the columns of codes."""
+    if not x.ndim or x.shape[-1] != order.numel():
+        raise ValueError(f"x must be (..., K) with K = {order.numel()}, got {tuple(x.shape)}")
+    return x.index_select(-1, order)
 
 
 def quantize(w: Tensor, scheme: str | Scheme, *, method: str = "rtn", importance: Tensor | None = None) -> QTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -37,6 +38,22 @@ def test_what_is_written_is_read(scheme: str, tmp_path: pathlib.Path) -> None:
         assert torch.equal(a, b)
     assert torch.equal(tensors["norm"], torch.arange(5.0))
     assert tensors["empty"].shape == (0, 3)
+
+
+def test_an_order_of_inputs_is_kept(tmp_path: pathlib.Path) -> None:
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    q, path = dataclasses.replace(_weight(), order=order), tmp_path / "file.safetensors"
+    native.write(path, {"a": q})
+    back = native.read(path)["a"]
+    assert isinstance(back, QTensor)
+    assert torch.equal(back.dequantize(), q.dequantize())
+    assert not torch.equal(back.dequantize(), _weight().dequantize())
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["a_order"][3] = tensors["a_order"][4]
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(FormatError, match="a: order must hold each of 0 to 79 once"):
+        native.read(path)
 
 
 def test_the_file_is_plain_safetensors(tmp_path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -201,3 +202,30 @@ def test_errors_of_very_small_and_large_weights(size: float) -> None:
     w = torch.randn(8, 64)
     plain = qkernels.quantize(w, "w3g32-fp32").error(w)
     assert qkernels.quantize(w * size, "w3g32-fp32").error(w * size).snr_db == pytest.approx(plain.snr_db, abs=0.01)
+
+
+def test_an_order_of_inputs(w: torch.Tensor) -> None:
+    """Codes in another order of columns are the same weight, wherever it is used."""
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    q = qkernels.quantize(w[:, order], "w4g32")
+    ordered = dataclasses.replace(q, order=order.to(torch.int32))
+    wanted = torch.empty_like(w)
+    wanted[:, order] = q.dequantize()
+    assert torch.equal(ordered.dequantize(), wanted)
+    assert ordered.error(w) == q.error(w[:, order])
+    assert ordered.nbytes == q.nbytes + 4 * 96
+    x = torch.randn(2, 3, 96)
+    assert torch.equal(F.linear(x, ordered), F.linear(x[..., order], q))
+    assert torch.equal(x @ ordered.to("cpu").T, F.linear(x[..., order], q))
+    torch.testing.assert_close(F.linear(x, ordered), F.linear(x, wanted))
+    with pytest.raises(ValueError, match=r"x must be .* K = 96, got \(2, 97\)"):
+        F.linear(torch.randn(2, 97), ordered)
+    for bad in (order, order[:95].int(), torch.zeros(96, dtype=torch.int32), order.int() + 1):
+        with pytest.raises(ValueError, match="order must"):
+            dataclasses.replace(q, order=bad)
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "w3cs", "w8t", "w2g16f"])
+def test_rows(w: torch.Tensor, scheme: str) -> None:
+    q, index = qkernels.quantize(w, scheme), torch.tensor([3, 0, 3, 23])
+    assert torch.equal(q.rows(index).dequantize(), q.dequantize()[index])

@@ -1,17 +1,21 @@
 """The native file: safetensors, with the schemes in its metadata. Nothing in it is ever executed or unpickled.
 
-A quantized weight called NAME is stored as the tensors NAME (packed, int32), NAME_scale and, unless its scheme is
-symmetric, NAME_zero: the names that QuantLinear gives its parameters. Everything else is stored as it is. Metadata:
+A quantized weight called NAME is stored as the tensors NAME (packed, int32), NAME_scale, unless its scheme is symmetric
+NAME_zero, and NAME_order where its columns have an order of their own: the names that QuantLinear gives its parameters.
+Everything else is stored as it is. Metadata:
 
     "format"            "pt"
     "qkernels_version"  "1"
     "qkernels"          JSON: {"weights": {NAME: {"scheme": "w4g128", "shape": [N, K]}}, "aliases": {NAME: OTHER NAME}}
+
+and, in the entry of a weight with an order, "ordered": true.
 
 Aliases are tensors that share memory, such as an output layer tied to the embedding; they are stored once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -27,6 +31,7 @@ from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
 
 VERSION = "1"
+SUFFIXES = ("", "_scale", "_zero", "_order")  # of the tensors of a weight
 Path = str | os.PathLike[str]
 
 
@@ -53,8 +58,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise ValueError(f"a tensor's name must be a str other than '__metadata__', got {name!r}")
-        own = tensor.tensors if isinstance(tensor, QTensor) else (tensor,)
-        parts = dict(zip(("", "_scale", "_zero"), own, strict=False))
+        parts = parts_of(tensor) if isinstance(tensor, QTensor) else {"": tensor}
         for suffix, part in parts.items():
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name!r} must be a Tensor or a QTensor, got {type(part).__name__}")
@@ -70,6 +74,8 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
             stored[name + suffix] = _own_memory(part, taken)
         if isinstance(tensor, QTensor):
             weights[name] = {"scheme": str(tensor.scheme), "shape": list(tensor.shape)}
+            if tensor.order is not None:
+                weights[name]["ordered"] = True
 
     metadata = {
         "format": "pt",
@@ -78,6 +84,12 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     }
     with replacing(path) as temporary:
         save_file(stored, temporary, metadata)
+
+
+def parts_of(weight: QTensor) -> dict[str, Tensor]:
+    """{what is added to a weight's name: tensor} of what is stored of it."""
+    own = zip(SUFFIXES, (weight.packed, weight.scale, weight.zero, weight.order), strict=True)
+    return {suffix: tensor for suffix, tensor in own if tensor is not None}
 
 
 def check_writable(path: pathlib.Path) -> None:
@@ -122,9 +134,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
             names = set(file.keys())
             weights, aliases = _read_header(path, file.metadata(), names)
             tensors: dict[str, Tensor | QTensor] = {}
-            for name, (scheme, shape) in weights.items():
-                tensors[name] = _read_weight(path, file, name, scheme, shape)
-                names -= {name, f"{name}_scale", f"{name}_zero"}
+            for name, entry in weights.items():
+                tensors[name] = _read_weight(path, file, name, entry)
+                names -= entry.parts(name)
             for name in sorted(names):
                 tensors[name] = file.get_tensor(name)
     except SafetensorError as error:
@@ -136,7 +148,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
 
 def _read_header(
     path: Path, metadata: dict[str, str] | None, names: set[str]
-) -> tuple[dict[str, tuple[Scheme, tuple[int, int]]], dict[str, str]]:
+) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Schemes and shapes of the quantized weights, and aliases, each checked against the tensors that are there."""
     if not metadata or "qkernels" not in metadata:
         raise FormatError(f"{path}: not a qkernels file: its metadata has no 'qkernels' entry")
@@ -152,19 +164,19 @@ def _read_header(
     if not isinstance(header["weights"], dict) or not isinstance(header["aliases"], dict):
         raise FormatError(f"{path}: 'weights' and 'aliases' must be objects")
 
-    weights: dict[str, tuple[Scheme, tuple[int, int]]] = {}
+    weights: dict[str, _Entry] = {}
     claimed: set[str] = set()
-    for name, entry in header["weights"].items():
-        scheme, shape = _read_entry(path, name, entry)
-        parts = {name, f"{name}_scale"} | ({f"{name}_zero"} if scheme.zero_dtype is not None else set())
+    for name, value in header["weights"].items():
+        entry = _read_entry(path, name, value)
+        parts = entry.parts(name)
         if missing := parts - names:
             raise FormatError(f"{path}: {name}: the file has no tensor {min(missing)!r}")
-        if scheme.zero_dtype is None and f"{name}_zero" in names:
-            raise FormatError(f"{path}: {name}: a {scheme} weight has no zeros, but the file has {name}_zero")
+        if entry.scheme.zero_dtype is None and f"{name}_zero" in names:
+            raise FormatError(f"{path}: {name}: a {entry.scheme} weight has no zeros, but the file has {name}_zero")
         if shared := parts & claimed:
             raise FormatError(f"{path}: {min(shared)} belongs to two weights")
         claimed |= parts
-        weights[name] = scheme, shape
+        weights[name] = entry
     for name, target in header["aliases"].items():
         known = isinstance(target, str) and (target in weights or target in names - claimed)
         if name in names or not known:
@@ -172,8 +184,22 @@ def _read_header(
     return weights, header["aliases"]
 
 
-def _read_entry(path: Path, name: str, entry: Any) -> tuple[Scheme, tuple[int, int]]:
-    if not isinstance(entry, dict) or set(entry) != {"scheme", "shape"}:
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What the metadata says of a weight."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    ordered: bool
+
+    def parts(self, name: str) -> set[str]:
+        """Names of the tensors that are the weight."""
+        zero = {f"{name}_zero"} if self.scheme.zero_dtype is not None else set()
+        return {name, f"{name}_scale", *zero} | ({f"{name}_order"} if self.ordered else set())
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> _Entry:
+    if not isinstance(entry, dict) or set(entry) - {"ordered"} != {"scheme", "shape"}:
         raise FormatError(f"{path}: {name}: metadata must hold 'scheme' and 'shape', got {entry!r:.100}")
     try:
         scheme = Scheme.parse(entry["scheme"])
@@ -188,14 +214,19 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[Scheme, tuple[int, i
         raise FormatError(
             f"{path}: {name}: shape must be two sizes from 0 to {LARGEST_IN_FEATURES}, got {shape!r:.100}"
         )
-    return scheme, (shape[0], shape[1])
+    ordered = entry.get("ordered", False)
+    if not isinstance(ordered, bool):
+        raise FormatError(f"{path}: {name}: 'ordered' must be true or false, got {ordered!r:.100}")
+    return _Entry(scheme, (shape[0], shape[1]), ordered)
 
 
-def _read_weight(path: Path, file: Any, name: str, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+def _read_weight(path: Path, file: Any, name: str, entry: _Entry) -> QTensor:
+    scheme, shape = entry.scheme, entry.shape
     packed, scale = file.get_tensor(name), file.get_tensor(f"{name}_scale")
     zero = None if scheme.zero_dtype is None else file.get_tensor(f"{name}_zero")
+    order = file.get_tensor(f"{name}_order") if entry.ordered else None
     try:
-        weight = QTensor(packed, scale, zero, scheme, shape[1])
+        weight = QTensor(packed, scale, zero, scheme, shape[1], order)
     except (TypeError, ValueError) as error:
         raise FormatError(f"{path}: {name}: {error}") from None
     if weight.shape != shape:

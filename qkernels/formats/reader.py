@@ -1,0 +1,150 @@
+"""What readers of other packages' checkpoints share: which tensors are one weight, and how codes become a QTensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import packing
+from qkernels.checks import DTYPES, LARGEST_IN_FEATURES
+from qkernels.scheme import GROUP_MULTIPLE, GroupSize, Scheme, ValueMap
+from qkernels.tensor import QTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How one format stores weights. A module called M has tensors M.<part>; its weight becomes M.weight.
+
+    Attributes:
+        marker: the part that every quantized weight has and nothing else, such as "qweight".
+        parts: other parts that it may have; those of other names (a bias) are left alone.
+        decode: (module's name, {part: tensor}) -> the weight. Raises ValueError or TypeError, naming the part, where
+            tensors do not agree with each other or with the configuration.
+    """
+
+    marker: str
+    parts: tuple[str, ...]
+    decode: Callable[[str, Mapping[str, Tensor]], QTensor]
+
+
+# configuration (what config.json calls quantization_config), metadata of the safetensors files -> the reader.
+# Raises ValueError, naming the field, for a configuration that is not supported.
+MakeReader = Callable[[Mapping[str, Any], Mapping[str, str]], Reader]
+
+
+def part(
+    parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | None = None, dtypes: tuple[torch.dtype, ...] = ()
+) -> Tensor:
+    """The tensor of a name, if it is there and has this shape and one of these dtypes; else ValueError or TypeError."""
+    if name not in parts:
+        raise ValueError(f"there is no tensor {name!r}")
+    tensor = parts[name]
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if dtypes and tensor.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {accepted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    return tensor
+
+
+def field(config: Mapping[str, Any], name: str, accepted: tuple[Any, ...], default: Any = ...) -> Any:
+    """A field of a configuration, if it holds one of the accepted values, of the same type; else ValueError."""
+    if name not in config and default is ...:
+        raise ValueError(f"quantization_config has no {name!r}")
+    value = config.get(name, default)
+    if not any(type(value) is type(option) and value == option for option in accepted):
+        raise ValueError(f"quantization_config's {name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+    return value
+
+
+def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
+    """Codes (rows, count) uint8 of int32 words (rows, words) that hold them without gaps, low bits first.
+
+    A code of 3, 5, 6 or 7 bits may begin in one word and end in the next.
+    """
+    rows = words.shape[0]
+    if words.shape[1] * 32 < count * bits:
+        raise ValueError(f"{words.shape[1]} words of 32 bits are too few for {count} codes of {bits}")
+    octets = words.contiguous().view(torch.uint8)  # little-endian, as safetensors stores them
+    if bits in (1, 2, 4, 8):
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return ((octets[..., None] >> shifts) & (2**bits - 1)).flatten(1)[:, :count].contiguous()
+    period = -(-count // 8)  # eight codes fill whole octets
+    octets = torch.nn.functional.pad(octets, (0, max(0, period * bits - octets.shape[1])))
+    octets = octets[:, : period * bits].reshape(rows, period, bits).to(torch.int64)
+    whole = torch.zeros((rows, period), dtype=torch.int64)
+    for i in range(bits):
+        whole |= octets[..., i] << 8 * i
+    code = (whole[..., None] >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
+    return code.to(torch.uint8).flatten(1)[:, :count].contiguous()
+
+
+def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
+    """How input features (K,) with these groups are ordered so that groups are runs; None where they are already.
+
+    Raises:
+        ValueError: a group is out of range, or does not have group_size features (the last one those that are left).
+    """
+    (in_features,) = g_idx.shape
+    groups = -(-in_features // group_size)
+    runs = torch.arange(in_features) // group_size
+    found = g_idx.to(torch.int64)
+    if torch.equal(found, runs):
+        return None
+    if in_features and (low := int(found.min()), high := int(found.max())) and (low < 0 or high >= groups):
+        raise ValueError(f"g_idx must be from 0 to {groups - 1}, got {low if low < 0 else high}")
+    order = torch.argsort(found, stable=True)
+    if not torch.equal(found[order], runs):
+        sizes = torch.bincount(found, minlength=groups).tolist()
+        bad = next(g for g in range(groups) if sizes[g] != min(group_size, in_features - g * group_size))
+        raise ValueError(f"g_idx gives group {bad} {sizes[bad]} features; groups are of {group_size}")
+    return order.to(torch.int32)
+
+
+def weight(
+    code: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group_size: GroupSize,
+    value_map: ValueMap,
+    order: Tensor | None = None,
+) -> QTensor:
+    """A QTensor of codes, if they, the scales and the zeros are possible.
+
+    Args:
+        code: (N, K) uint8, columns in `order`.
+        scale: (groups, N), or (1, 1) for a tensor; float16, bfloat16 or float32.
+        zero: like scale: integer zeros of any dtype for "affine"; offsets of scale's dtype for "offset"; or None.
+        bits, group_size, value_map: as of Scheme; group_size an int or "channel" or "tensor".
+        order: as of QTensor.
+
+    Raises:
+        ValueError, TypeError: a tensor has another shape or dtype, a scale or an offset is not finite, a zero is no
+            code, or there is no such scheme.
+    """
+    if scale.dtype not in DTYPES:
+        raise TypeError(f"scales must be float16, bfloat16 or float32, got {scale.dtype}")
+    if isinstance(group_size, int) and group_size == code.shape[1] and group_size % GROUP_MULTIPLE:
+        group_size = "channel"  # one group, whatever its size
+    scheme = Scheme(bits, group_size, value_map, scale.dtype)
+    if not 0 <= code.shape[1] <= LARGEST_IN_FEATURES:
+        raise ValueError(f"in_features must be at most {LARGEST_IN_FEATURES}, got {code.shape[1]}")
+    for what, values in (("scale", scale), ("offset", zero)):
+        if values is not None and values.is_floating_point() and not torch.isfinite(values).all():
+            group, row = torch.nonzero(~torch.isfinite(values))[0].tolist()
+            raise ValueError(f"the {what} of group {group}, row {row} is NaN or infinite")
+    if value_map == "affine" and zero is not None and zero.numel():
+        low, high = int(zero.min()), int(zero.max())
+        if low < 0 or high > scheme.code_max:
+            raise ValueError(f"zeros must be from 0 to {scheme.code_max}, got {low if low < 0 else high}")
+        zero = zero.to(torch.uint8)
+    packed = packing.pack(code, bits)
+    return QTensor(
+        packed, scale.contiguous(), None if zero is None else zero.contiguous(), scheme, code.shape[1], order
+    )
