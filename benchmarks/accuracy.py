@@ -29,9 +29,10 @@ from benchmarks.subjects import SUBJECTS, Encoder, LanguageModel, Subject
 from qkernels import tables
 from qkernels.calibrate.probe import writes
 from qkernels.model import quantize_model
-from qkernels.nn import QuantLinear, places
+from qkernels.nn import QuantLinear
 from qkernels.planning.plan import plan
 from qkernels.planning.result import Plan
+from qkernels.replace import places
 from qkernels.scheme import Scheme
 from qkernels.selection import DEFAULT_SKIP, select
 from qkernels.tensor import QuantizationError, stored_bytes
@@ -142,7 +143,7 @@ def _by_peer(model: nn.Module, scheme: Scheme, peer: str) -> Made:
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
     """Those that quantize_model takes by default."""
-    return [linear for linear, _ in select(model, Scheme.parse("w8c"), DEFAULT_SKIP, {})[0].values()]
+    return [linear for linear, _ in select(model, Scheme.parse("w8c"), DEFAULT_SKIP, {}).linears.values()]
 
 
 def refusal(subject: Subject, scheme: Scheme, method: str) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import QTensor, QuantLinear, Scheme, merge_siblings, packing
-from qkernels.nn import places, put
+from qkernels.replace import places, put
 from qkernels.selection import DEFAULT_SKIP
 from qkernels.tuning import timing
 

@@ -9,7 +9,7 @@ from qkernels.checkpoint import load, save
 from qkernels.formats.native import FormatError
 from qkernels.merge import merge_siblings
 from qkernels.model import quantize_model
-from qkernels.nn import QuantLinear
+from qkernels.nn import QuantEmbedding, QuantExperts, QuantLinear
 from qkernels.planning.plan import plan
 from qkernels.planning.result import Plan
 from qkernels.reporting.measure import report
@@ -25,6 +25,8 @@ __all__ = [
     "Plan",
     "QTensor",
     "QualityReport",
+    "QuantEmbedding",
+    "QuantExperts",
     "QuantLinear",
     "QuantizationError",
     "QuantizationReport",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qkernels.formats import native
 from qkernels.formats.native import FormatError, Path
 from qkernels.merge import merge_siblings
-from qkernels.nn import QuantLinear, places, put
+from qkernels.nn import QuantModule
+from qkernels.replace import Slot, places, slot, tie, weight_shape
 from qkernels.siblings import MergedLinear
 from qkernels.tensor import QTensor
 
@@ -54,8 +55,10 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
         ValueError, TypeError: the model has buffers on the meta device that no file holds, or is a linear layer.
         OSError: the file cannot be read.
     """
-    if isinstance(model, (nn.Linear, QuantLinear)):
-        raise TypeError("model is itself a linear layer; QuantLinear(qkernels.load(path)['weight']) makes one")
+    if model is not None and weight_shape(model) is not None:
+        raise TypeError(
+            "model is itself a linear layer or an embedding; QuantLinear(qkernels.load(path)['weight']) makes one"
+        )
     if model is not None:
         _check_buffers(model)
     tensors = native.read(path, device if model is None else "cpu")
@@ -66,12 +69,12 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
     where = places(model)
     ties = _ties(model)
     layers = _check_fits_model(path, model, quantized, plain, ties)
-    merged = {layer.shared.names for layer in layers if isinstance(layer, MergedLinear)}
-    for module, tensor in layers.items():
-        old = module.weight
-        target = "cpu" if old.is_meta else old.device
-        layer = QuantLinear(tensor.to(target), module.bias).train(module.training)
-        put(layer, where[module])
+    merged = {found.module.shared.names for found in layers if isinstance(found.module, MergedLinear)}
+    made: dict[int, QuantModule] = {}  # by weight, which a tied output layer shares with an embedding
+    for found, tensor in layers.items():
+        old = found.old
+        layer = found.put(tensor.to("cpu" if old.is_meta else old.device), where.get(found.module, ()))
+        tie(layer, made.setdefault(id(tensor), layer))
     on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     model.load_state_dict(plain, strict=False, assign=on_meta)
     _tie_again(model, ties, tensors)
@@ -106,12 +109,12 @@ def _tie_again(model: nn.Module, ties: Sequence[Sequence[str]], tensors: Mapping
                 setattr(model.get_submodule(parent), attribute, model.get_parameter(first))
 
 
-def _quantized_weights(model: nn.Module) -> dict[str, QuantLinear]:
+def _quantized_weights(model: nn.Module) -> dict[str, QuantModule]:
     """{name of the packed parameter: layer}, under every name that a layer has."""
     return {
         f"{name}.weight" if name else "weight": module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantLinear)
+        if isinstance(module, QuantModule)
     }
 
 
@@ -121,22 +124,18 @@ def _check_fits_model(
     quantized: Mapping[str, QTensor],
     plain: Mapping[str, Tensor],
     ties: Sequence[Sequence[str]],
-) -> dict[Any, QTensor]:
-    """{layer to replace: its new weight}, if the file holds just what the model wants."""
+) -> dict[Slot, QTensor]:
+    """{where a weight goes: the weight}, if the file holds just what the model wants."""
     wanted = dict(model.state_dict())
     layers = {}
     for name, tensor in quantized.items():
-        module_name, _, attribute = name.rpartition(".")
-        try:
-            module = model.get_submodule(module_name)
-        except AttributeError:
-            module = None
-        if attribute != "weight" or not (type(module) is nn.Linear or isinstance(module, QuantLinear)):
-            raise FormatError(f"{path}: {name} is quantized, but the model has no Linear of that name")
-        if (module.out_features, module.in_features) != tensor.shape:
-            shape = (module.out_features, module.in_features)
-            raise FormatError(f"{path}: {name} is {tuple(tensor.shape)}, but the model's layer is {shape}")
-        layers[module] = tensor
+        found = slot(model, name)
+        if found is None:
+            raise FormatError(f"{path}: {name} is quantized, but the model has no layer for it of that name")
+        if found.shape != tensor.shape:
+            raise FormatError(f"{path}: {name} is {tuple(tensor.shape)}, but the model's layer is {found.shape}")
+        layers[found] = tensor
+        wanted.pop(found.float_name, None)
         for suffix in native.SUFFIXES:
             wanted.pop(name + suffix, None)
     if unexpected := plain.keys() - wanted.keys():

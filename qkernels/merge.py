@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from qkernels import source
-from qkernels.nn import QuantLinear, places, put
+from qkernels.nn import QuantLinear
+from qkernels.replace import places, put
 from qkernels.siblings import MergedLinear, MergedWeight, close_scope, open_scope
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -19,10 +19,10 @@ from qkernels.calibrate.probe import importances, random_batches, written_batche
 from qkernels.calibrate.smooth import METHODS as SMOOTHINGS
 from qkernels.calibrate.smooth import smoothed
 from qkernels.merge import SIBLINGS, check_groups, merge_siblings
-from qkernels.nn import QuantLinear, places, put
 from qkernels.planning.result import Plan
+from qkernels.replace import counterpart, linears_for_conv1d, places, put
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.selection import DEFAULT_SKIP, check_quantizable, select
+from qkernels.selection import DEFAULT_SKIP, Extra, check_quantizable, check_weight, select
 from qkernels.summary import LayerReport, QuantizationReport
 from qkernels.tensor import QTensor, quantize
 
@@ -45,13 +45,15 @@ def quantize_model(
     resume: str | os.PathLike[str] | None = None,
     skip: Sequence[str] = DEFAULT_SKIP,
     schemes: Mapping[str, str | Scheme | None] | None = None,
+    embeddings: str | Scheme | None = None,
     merge: bool | Sequence[Sequence[str]] = False,
     progress: bool = True,
 ) -> QuantizationReport:
     """Replace every nn.Linear by a QuantLinear, in place, one at a time: peak memory is the model plus one layer.
 
-    Subclasses of nn.Linear, and output layers called lm_head unless you say otherwise, are left alone. A weight that
-    another module shares stays there, and the Linear gets codes of its own.
+    So are transformers' Conv1D (GPT-2) and, by a method that looks at each weight alone, the projections of fused
+    experts: they become QuantExperts. Subclasses of nn.Linear, and output layers called lm_head unless you say
+    otherwise, are left alone. A weight that another module shares stays there, and the Linear gets codes of its own.
 
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
@@ -82,6 +84,9 @@ def quantize_model(
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.
+        embeddings: a scheme for every nn.Embedding that no pattern of `skip` or `schemes` names otherwise; they become
+            QuantEmbeddings, and an output layer that shares the weight of one, and is not quantized by itself, shares
+            its codes. By default they are left alone.
         merge: whether siblings that read one input are multiplied in one launch, with the same weights: q_proj, k_proj
             and v_proj of one parent, and gate_proj and up_proj; or the names of siblings, such as [("w1", "w3")]. Those
             that cannot be merged (one scale per tensor, different schemes) stay apart; the report says why.
@@ -104,42 +109,53 @@ def quantize_model(
     if isinstance(scheme, Plan):
         for pattern, planned in scheme.schemes.items():
             patterns.setdefault(pattern, planned)
-    plan, skipped = select(model, None if isinstance(scheme, Plan) else as_scheme(scheme), skip, patterns)
-    if isinstance(scheme, Plan):
-        scheme.check({name: (linear.out_features, linear.in_features) for name, (linear, _) in plan.items()})
+    default = None if isinstance(scheme, Plan) else as_scheme(scheme)
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
-    for name, (linear, chosen) in plan.items():
-        check_quantizable(name, linear, chosen)
-    where = places(model)
-    layers = []
-    batches = None
-    if method != "rtn" or smooth or distill:
-        batches = batches_of(model, calibration)
-    if isinstance(batches, Iterator) and (smooth or distill):
-        batches = list(batches)  # they are gone through again
-    with _smoothing(model, plan, batches, smooth, progress) as scaled:
-        found: Iterable[tuple[str, QTensor, str]]
-        found = _quantized(model, plan, method, batches, rounding, distill, resume, progress)
-        if scaled:  # what fails before the last layer has its codes undoes the scaling
-            found = list(found)
-    for name, qweight, used in found:
-        linear, chosen = plan.pop(name)
-        weight = linear.weight.detach()
-        layers.append(
-            LayerReport(
-                name=name,
-                scheme=str(chosen),
-                shape=(linear.out_features, linear.in_features),
-                original_bytes=weight.nbytes,
-                nbytes=qweight.nbytes,
-                error=qweight.error(weight),
-                method=f"{smooth}, {used}" if name in scaled else used,
-            )
-        )
-        put(QuantLinear(qweight, linear.bias).train(linear.training), where.pop(linear))
-        del linear, weight  # the float weight goes before the next layer comes
+    layers: list[LayerReport] = []
+    with linears_for_conv1d(model):
+        chosen = select(model, default, skip, patterns, None if embeddings is None else as_scheme(embeddings))
+        plan = chosen.linears
+        if isinstance(scheme, Plan):
+            scheme.check({name: (linear.out_features, linear.in_features) for name, (linear, _) in plan.items()})
+        for name, (linear, own) in plan.items():
+            check_quantizable(name, linear, own)
+        for name, extra in chosen.extras.items():
+            check_weight(name, extra.weight(), extra.scheme)
+        where = places(model)
+        batches = None
+        if plan and (method != "rtn" or smooth or distill):
+            batches = batches_of(model, calibration)
+        if isinstance(batches, Iterator) and (smooth or distill):
+            batches = list(batches)  # they are gone through again
+        with _smoothing(model, plan, batches, smooth, progress) as scaled:
+            found: Iterable[tuple[str, QTensor, str]] = ()
+            if plan:
+                found = _quantized(model, plan, method, batches, rounding, distill, resume, progress)
+            if scaled:  # what fails before the last layer has its codes undoes the scaling
+                found = list(found)
+        for name, qweight, used in found:
+            linear, _ = plan.pop(name)
+            used = f"{smooth}, {used}" if name in scaled else used
+            layers.append(LayerReport.of(name, qweight, linear.weight.detach(), used))
+            put(counterpart(linear, qweight), where.pop(linear))
+            del linear  # the float weight goes before the next layer comes
+        layers += quantize_extras(chosen.extras, method)
     merged = merge_siblings(model, groups) if groups else None
-    return QuantizationReport(tuple(layers), tuple(skipped), time.perf_counter() - start, merged)
+    return QuantizationReport(tuple(layers), chosen.skipped, time.perf_counter() - start, merged)
+
+
+def quantize_extras(extras: Mapping[str, Extra], method: str | None) -> list[LayerReport]:
+    """Quantize experts and embeddings, in place, one at a time, by a method that looks at each alone."""
+    layers = []
+    for name, extra in extras.items():
+        weight = extra.weight()
+        check_weight(name, weight, extra.scheme)
+        used, note = method_for(None if method == "gptq" else method, extra.scheme, weighted=False)
+        quantized = quantize(weight, extra.scheme, method=used)
+        layers.append(LayerReport.of(name, quantized, weight, used + note))
+        extra.put(quantized)
+        del weight
+    return layers
 
 
 def check_method(

@@ -1,86 +1,51 @@
-"""QuantLinear: nn.Linear on packed codes; and putting one in a model."""
+"""Layers on packed codes, which take the places of float ones: QuantLinear, QuantEmbedding, QuantExperts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qkernels import ops
+from qkernels import ops, ops_experts
 from qkernels.checks import DTYPES
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, quantize, reordered
 
+# names of the parameters of a quantized layer -> what QTensor calls them
+PARTS = {"weight": "packed", "weight_scale": "scale", "weight_zero": "zero", "weight_order": "order"}
 
-class QuantLinear(nn.Module):
-    """y = x @ w.T + bias with a quantized w; takes the place of an nn.Linear.
 
-    The codes and what goes with them are parameters without gradient, because sharding, offloading and
-    tensor-parallel tools move parameters only: `weight` (packed, int32), `weight_scale`, unless the scheme is
-    symmetric `weight_zero` (uint8 zeros or float offsets), and where the weight has an order of inputs of its own
-    `weight_order` (int32). `.half()`, `.to(dtype)` and the like convert the bias
-    alone: another scale would be another weight. x may be float16, bfloat16 or float32, and y has its dtype.
+class QuantModule(nn.Module):
+    """What quantized layers share: a weight, whose parts are parameters without gradient, and whose dtypes stay.
 
-    Args:
-        weight: the quantized weight (out_features, in_features).
-        bias: (out_features,), float16, bfloat16 or float32, or None.
-
-    Raises:
-        ValueError: bias is not such a tensor.
+    They are parameters because sharding, offloading and tensor-parallel tools move parameters only: `weight` (packed,
+    int32), `weight_scale`, unless the scheme is symmetric `weight_zero` (uint8 zeros or float offsets), and where the
+    weight has an order of inputs of its own `weight_order` (int32). `.half()`, `.to(dtype)` and the like convert none
+    of them: another scale would be another weight.
     """
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter | None
     weight_order: nn.Parameter | None
-    bias: nn.Parameter | None
 
-    def __init__(self, weight: QTensor, bias: Tensor | None = None):
+    def __init__(self, weight: QTensor):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.in_features = weight.in_features
         self.scheme: Scheme = weight.scheme
-        self._scheme = str(weight.scheme)  # what the op takes
-        register_weight(self, weight)
-        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype not in DTYPES):
-            raise ValueError(f"bias must be ({self.out_features},) floating, got {tuple(bias.shape)} {bias.dtype}")
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", bias)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: str | Scheme) -> QuantLinear:
-        """Quantize an nn.Linear by rounding to nearest; the bias is shared, not copied."""
-        layer = cls(quantize(linear.weight.detach(), scheme), linear.bias)
-        return layer.train(linear.training)
+        self._scheme = str(weight.scheme)  # what ops take
+        for name, part in PARTS.items():
+            tensor = getattr(weight, part)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     @property
     def qweight(self) -> QTensor:
         """The weight as a QTensor that shares this layer's memory."""
         zero, order = (None if p is None else p.data for p in (self.weight_zero, self.weight_order))
         return QTensor(self.weight.data, self.weight_scale.data, zero, self.scheme, self.in_features, order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        own = self._parameters  # a plain dict: attributes of a module cost a microsecond each
-        if (order := own["weight_order"]) is not None:
-            x = reordered(x, order)
-        return ops.matmul(
-            x,
-            own["weight"],  # type: ignore[arg-type]
-            own["weight_scale"],  # type: ignore[arg-type]
-            own["weight_zero"],
-            own["bias"],
-            self._scheme,
-            self.in_features,
-        )
-
-    def extra_repr(self) -> str:
-        """What repr shows between the parentheses."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme='{self.scheme}'"
-        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(keep_dtypes(fn, self._parameters.get("bias")), recurse)
@@ -104,15 +69,150 @@ class QuantLinear(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
-# names of the parameters of a quantized layer -> what QTensor calls them
-PARTS = {"weight": "packed", "weight_scale": "scale", "weight_zero": "zero", "weight_order": "order"}
+class QuantLinear(QuantModule):
+    """y = x @ w.T + bias with a quantized w; takes the place of an nn.Linear.
+
+    `.half()`, `.to(dtype)` and the like convert the bias alone. x may be float16, bfloat16 or float32, and y has its
+    dtype.
+
+    Args:
+        weight: the quantized weight (out_features, in_features).
+        bias: (out_features,), float16, bfloat16 or float32, or None.
+
+    Raises:
+        ValueError: bias is not such a tensor.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: QTensor, bias: Tensor | None = None):
+        super().__init__(weight)
+        self.out_features = weight.shape[0]
+        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype not in DTYPES):
+            raise ValueError(f"bias must be ({self.out_features},) floating, got {tuple(bias.shape)} {bias.dtype}")
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: str | Scheme) -> QuantLinear:
+        """Quantize an nn.Linear by rounding to nearest; the bias is shared, not copied."""
+        layer = cls(quantize(linear.weight.detach(), scheme), linear.bias)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        own = self._parameters  # a plain dict: attributes of a module cost a microsecond each
+        if (order := own["weight_order"]) is not None:
+            x = reordered(x, order)
+        return ops.matmul(
+            x,
+            own["weight"],  # type: ignore[arg-type]
+            own["weight_scale"],  # type: ignore[arg-type]
+            own["weight_zero"],
+            own["bias"],
+            self._scheme,
+            self.in_features,
+        )
+
+    def extra_repr(self) -> str:
+        """What repr shows between the parentheses."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme='{self.scheme}'"
+        )
 
 
-def register_weight(layer: nn.Module, weight: QTensor) -> None:
-    """Give a layer the parts of a weight as parameters without gradient; None for those that it has not."""
-    for name, part in PARTS.items():
-        tensor = getattr(weight, part)
-        layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+class QuantEmbedding(QuantModule):
+    """Rows of a quantized weight, dequantized as they are looked up; takes the place of an nn.Embedding.
+
+    Args:
+        weight: (num_embeddings, embedding_dim), quantized; without an order of inputs.
+        dtype: of the output: float16, bfloat16 or float32. `.half()`, `.to(dtype)` and the like change it.
+
+    Raises:
+        ValueError, TypeError: the weight has an order of inputs, or dtype is not one of these.
+    """
+
+    def __init__(self, weight: QTensor, dtype: torch.dtype = torch.float32):
+        super().__init__(weight)
+        if weight.order is not None:
+            raise ValueError("the weight of a QuantEmbedding cannot have an order of inputs")
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.dtype = dtype
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as of nn.Embedding
+        """Integer indices (...) -> (..., embedding_dim)."""
+        flat = input.reshape(-1)
+        packed, scale, zero = ops.rows(self.weight, self.weight_scale, self.weight_zero, self._scheme, flat)
+        found = ops.dequantize(packed, scale, zero, self._scheme, self.in_features, self.dtype)
+        return found.reshape(*input.shape, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        self.dtype = dtype if dtype in DTYPES else self.dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """What repr shows between the parentheses."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme='{self.scheme}'"
+
+
+class QuantExperts(QuantModule):
+    """A stack of weights of one shape, such as a projection of all experts of a layer, quantized as one.
+
+    `experts[i]` is the weight of one of them, for F.linear; calling it multiplies each row of x by the weight of the
+    row's own expert.
+
+    Args:
+        weight: (experts * out_features, in_features): their rows, one expert after the other.
+        experts: how many.
+
+    Raises:
+        ValueError: rows are not a multiple of experts, or the weight has an order of inputs.
+    """
+
+    def __init__(self, weight: QTensor, experts: int):
+        super().__init__(weight)
+        if weight.order is not None:
+            raise ValueError("the weight of QuantExperts cannot have an order of inputs")
+        if experts < 1 or weight.shape[0] % experts:
+            raise ValueError(f"{weight.shape[0]} rows are not those of {experts} experts")
+        self.num_experts, self.out_features = experts, weight.shape[0] // experts
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        """x (rows, in_features), expert (rows,) -> (rows, out_features); zeros where expert is num_experts or more."""
+        return ops_experts.matmul(
+            x,
+            expert,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero,
+            self._scheme,
+            self.in_features,
+            self.num_experts,
+        )
+
+    def __getitem__(self, index: int | Tensor) -> QTensor:
+        i = operator.index(index)  # a tensor of one integer has one, too
+        if not 0 <= i < self.num_experts:
+            raise IndexError(f"expert must be from 0 to {self.num_experts - 1}, got {i}")
+        rows = slice(i * self.out_features, (i + 1) * self.out_features)
+        whole = self.qweight
+        if whole.scheme.group_size == "tensor":
+            scale, zero = whole.scale, whole.zero
+        else:
+            scale, zero = whole.scale[:, rows], None if whole.zero is None else whole.zero[:, rows]
+        return QTensor(whole.packed[rows], scale, zero, whole.scheme, whole.in_features)
+
+    def extra_repr(self) -> str:
+        """What repr shows between the parentheses."""
+        return (
+            f"{self.num_experts} experts, in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme='{self.scheme}'"
+        )
 
 
 def keep_dtypes(fn: Callable[[Tensor], Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -125,24 +225,3 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor], bias: Tensor | None) -> Callable
         return moved
 
     return careful
-
-
-# ---- layers in a model ----
-
-
-def places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Every (parent, attribute) at which a module sits; a shared module sits at several."""
-    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for child, module in parent._modules.items():
-            if module is not None:
-                found.setdefault(module, []).append((parent, child))
-    return found
-
-
-def put(layer: QuantLinear, where: Iterable[tuple[nn.Module, str]]) -> None:
-    """Set the layer at places of a model."""
-    for parent, child in where:
-        setattr(parent, child, layer)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # else its fused path takes the packed codes for a float weight

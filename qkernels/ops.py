@@ -115,7 +115,7 @@ def _dequantize_fake(
 # ---- matmul ----
 
 
-def _matmul_cpu(
+def matmul_cpu(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -124,6 +124,7 @@ def _matmul_cpu(
     scheme: str,
     in_features: int,
 ) -> Tensor:
+    """The op on a CPU."""
     parsed = check_weight(packed, scale, zero, scheme, in_features)
     check_activation(x, packed, bias, in_features)
     return reference.matmul(x, packed, scale, zero, bias, parsed)
@@ -177,7 +178,7 @@ def _direct_matmul(x: Tensor) -> Callable[..., Tensor] | None:
     """What the dispatcher, below autograd, would end up calling for x; None where a mode or a subclass has a say."""
     if type(x) is Tensor and not _dispatch_modes() and _functorch_level() is None:
         if x.is_cpu:
-            return _matmul_cpu
+            return matmul_cpu
         if x.is_cuda:
             return dispatch.matmul
     return None
@@ -206,7 +207,7 @@ def _matmul_autograd(*args: Any) -> Tensor:
         return _matmul_op(*args)
 
 
-def _constant_autograd(op: Any) -> Any:
+def constant_autograd(op: Any) -> Any:
     """Autograd kernel of an op whose results have no gradient."""
 
     def no_gradient(*args: Any) -> Any:
@@ -233,13 +234,13 @@ def _register() -> None:
     for name, cpu, cuda, fake in (
         ("quantize", _quantize_cpu, _quantize_cuda, _quantize_fake),
         ("dequantize", _dequantize_cpu, _dequantize_cuda, _dequantize_fake),
-        ("matmul", _matmul_cpu, dispatch.matmul, _matmul_fake),
+        ("matmul", matmul_cpu, dispatch.matmul, _matmul_fake),
     ):
         _library.impl(name, cpu, "CPU")
         _library.impl(name, cuda, "CUDA")
         torch.library.register_fake(f"qkernels::{name}", fake, lib=_library)
-    _library.impl("quantize", _constant_autograd(_quantize_op), "Autograd")
-    _library.impl("dequantize", _constant_autograd(_dequantize_op), "Autograd")
+    _library.impl("quantize", constant_autograd(_quantize_op), "Autograd")
+    _library.impl("dequantize", constant_autograd(_dequantize_op), "Autograd")
     _library.impl("matmul", _matmul_autograd, "Autograd")
     _library.impl("matmul", _matmul_autocast, "AutocastCPU")
     _library.impl("matmul", _matmul_autocast, "AutocastCUDA")
@@ -300,3 +301,13 @@ def matmul(
 
 
 _any_autocast = torch._C._is_any_autocast_enabled
+
+
+def rows(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """packed, scale and zero of rows of a weight, in the order of a (rows,) integer index."""
+    if as_scheme(scheme).group_size != "tensor":  # else one scale is every row's
+        scale = scale.index_select(1, index)
+        zero = None if zero is None else zero.index_select(1, index)
+    return packed.index_select(0, index), scale, zero

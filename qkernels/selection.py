@@ -1,51 +1,151 @@
-"""Which Linears of a model are quantized, each by which scheme, and whether they can be."""
+"""Which weights of a model are quantized, each by which scheme, and whether they can be."""
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from qkernels import reference
 from qkernels.checks import DTYPES
+from qkernels.experts import projections, put_experts, stacked
+from qkernels.replace import counterpart, places, put, tie
 from qkernels.scheme import Scheme, as_scheme
+from qkernels.tensor import QTensor
 
 # The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.
 DEFAULT_SKIP = ("lm_head", "*.lm_head")
 
 
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """A weight that is not a Linear's and is quantized on its own: a projection of all experts, or an embedding.
+
+    Attributes:
+        weight: gives it as a float matrix, detached; rows are what a scale per channel belongs to.
+        scheme: to quantize it by.
+        put: puts what it became in its place.
+    """
+
+    weight: Callable[[], Tensor]
+    scheme: Scheme
+    put: Callable[[QTensor], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What of a model is quantized.
+
+    Attributes:
+        linears: {name: (layer, scheme)}.
+        extras: {name: another weight}.
+        skipped: names of Linears and projections of experts that are left alone.
+    """
+
+    linears: dict[str, tuple[nn.Linear, Scheme]]
+    extras: dict[str, Extra]
+    skipped: tuple[str, ...]
+
+
 def select(
-    model: nn.Module, default: Scheme | None, skip: Sequence[str], schemes: Mapping[str, str | Scheme | None]
-) -> tuple[dict[str, tuple[nn.Linear, Scheme]], list[str]]:
-    """({name: (layer, scheme)}, names left alone)."""
+    model: nn.Module,
+    default: Scheme | None,
+    skip: Sequence[str],
+    schemes: Mapping[str, str | Scheme | None],
+    embeddings: Scheme | None = None,
+) -> Selection:
+    """What of a model is quantized; arguments as of quantize_model.
+
+    Raises:
+        TypeError, ValueError: a pattern of the user's fits nothing, or there is nothing to quantize.
+    """
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, got the string {skip!r}; write skip=[{skip!r}]")
     parsed = {pattern: None if s is None else as_scheme(s) for pattern, s in schemes.items()}
+    names = _candidates(model, embeddings is not None)
+    known = [
+        found if not p else [f"{path}.{p}" for path in found]
+        for m, found in names.items()
+        for p in projections(m) or [""]
+    ]
+    for pattern in [*skip, *parsed]:
+        if pattern not in DEFAULT_SKIP and not any(_fits(pattern, found) for found in known):
+            example = next(iter(known), ["none"])[0]
+            raise ValueError(f"pattern {pattern!r} fits no nn.Linear of the model; names are like {example!r}")
+
+    def chosen(found: Sequence[str], otherwise: Scheme | None) -> Scheme | None:
+        named = next((pattern for pattern in parsed if _fits(pattern, found)), None)
+        if any(_fits(pattern, found) for pattern in skip) and not (named is not None and skip is DEFAULT_SKIP):
+            return None
+        return otherwise if named is None else parsed[named]
+
+    linears: dict[str, tuple[nn.Linear, Scheme]] = {}
+    extras: dict[str, Extra] = {}
+    alone: dict[str, nn.Module] = {}
+    for module, found in names.items():
+        if isinstance(module, nn.Linear):
+            scheme = chosen(found, default)
+            if scheme is None or type(module) is not nn.Linear:
+                alone[found[0]] = module
+            else:
+                linears[found[0]] = module, scheme
+        elif not isinstance(module, nn.Embedding):
+            own = {p: chosen([f"{path}.{p}" for path in found], default) for p in projections(module)}
+            for p, scheme in own.items():
+                if scheme is None or None in own.values():  # a layer's experts are quantized together
+                    alone[f"{found[0]}.{p}"] = module
+                else:
+                    extras[f"{found[0]}.{p}"] = _projection(module, p, scheme)
+    for module, found in names.items():
+        if isinstance(module, nn.Embedding) and (scheme := chosen(found, embeddings)) is not None:
+            alone = {n: m for n, m in alone.items() if not _is_tied(m, module)}
+            extras[found[0]] = _embedding(model, found[0], module, scheme)
+    if not linears and not extras:
+        left = f"only {', '.join(alone)}, left alone" if alone else "none"
+        raise ValueError(f"model ({type(model).__name__}) holds no nn.Linear to quantize: {left}")
+    return Selection(linears, extras, tuple(alone))
+
+
+def _candidates(model: nn.Module, embeddings: bool) -> dict[nn.Module, list[str]]:
+    """{layer: its names} of Linears, modules that hold projections of experts and, if wanted, embeddings."""
     names: dict[nn.Module, list[str]] = {}  # a shared layer has several
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or projections(module) or (embeddings and type(module) is nn.Embedding):
             names.setdefault(module, []).append(name)
     if any("" in found for found in names.values()):
-        raise ValueError("model is itself an nn.Linear, which cannot be replaced in place; use QuantLinear.from_linear")
-    for pattern in [*skip, *parsed]:
-        if pattern not in DEFAULT_SKIP and not any(_fits(pattern, found) for found in names.values()):
-            example = next(iter(names.values()), ["none"])[0]
-            raise ValueError(f"pattern {pattern!r} fits no nn.Linear of the model; names are like {example!r}")
-    plan: dict[str, tuple[nn.Linear, Scheme]] = {}
-    skipped = []
-    for module, found in names.items():
-        named = next((pattern for pattern in parsed if _fits(pattern, found)), None)
-        chosen = default if named is None else parsed[named]
-        spared = any(_fits(pattern, found) for pattern in skip) and not (named is not None and skip is DEFAULT_SKIP)
-        if chosen is None or spared or type(module) is not nn.Linear:
-            skipped.append(found[0])
-        else:
-            plan[found[0]] = module, chosen
-    if not plan:
-        left = f"only {', '.join(skipped)}, left alone" if skipped else "none"
-        raise ValueError(f"model ({type(model).__name__}) holds no nn.Linear to quantize: {left}")
-    return plan, skipped
+        raise ValueError(
+            f"model is itself an nn.{type(model).__name__}, which cannot be replaced in place; use "
+            "QuantLinear.from_linear, or put it into a module"
+        )
+    return names
+
+
+def _projection(module: nn.Module, name: str, scheme: Scheme) -> Extra:
+    def place(weight: QTensor) -> None:
+        put_experts(module, name, weight)
+
+    return Extra(lambda: stacked(module, name), scheme, place)
+
+
+def _embedding(model: nn.Module, name: str, module: nn.Embedding, scheme: Scheme) -> Extra:
+    if module.max_norm is not None:
+        raise ValueError(f"{name} has a max_norm, which changes its weight in use: it cannot be quantized")
+
+    def place(weight: QTensor) -> None:
+        where = places(model)
+        layer = counterpart(module, weight)
+        for output in [output for output in where if _is_tied(output, module)]:
+            put(tie(counterpart(output, weight), layer), where[output])
+        put(layer, where[module])
+
+    return Extra(lambda: module.weight.detach(), scheme, place)  # not bound: a loader may replace the weight
+
+
+def _is_tied(module: nn.Module, to: nn.Embedding) -> bool:
+    """Whether it is an output layer that shares the weight of an embedding."""
+    return type(module) is nn.Linear and module.weight is to.weight
 
 
 def _fits(pattern: str, names: Sequence[str]) -> bool:
@@ -54,11 +154,7 @@ def _fits(pattern: str, names: Sequence[str]) -> bool:
 
 def check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
     """Raise ValueError or TypeError, naming the layer, unless it can be replaced by a quantized one."""
-    weight = linear.weight.detach()
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{name}.weight must be float16, bfloat16 or float32, got {weight.dtype}")
-    if weight.is_meta:
-        raise ValueError(f"{name}.weight is on the meta device: load the weights first")
+    check_weight(name, linear.weight.detach(), scheme)
     if (
         "forward" in vars(linear)
         or linear._forward_hooks
@@ -67,6 +163,14 @@ def check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
         or linear._backward_pre_hooks
     ):
         raise ValueError(f"{name} has hooks or a forward of its own, which would be lost: remove them first")
+
+
+def check_weight(name: str, weight: Tensor, scheme: Scheme) -> None:
+    """Raise ValueError or TypeError, naming the layer, unless its weight can be quantized."""
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{name}.weight must be float16, bfloat16 or float32, got {weight.dtype}")
+    if weight.is_meta:
+        raise ValueError(f"{name}.weight is on the meta device: load the weights first")
     try:
         reference.scale_and_zero(*reference.group_range(weight, scheme), scheme)
     except ValueError as error:

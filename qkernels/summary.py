@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from qkernels import tables
 from qkernels.merge import Merged
-from qkernels.tensor import QuantizationError
+from qkernels.tensor import QTensor, QuantizationError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,19 @@ class LayerReport:
     nbytes: int
     error: QuantizationError
     method: str
+
+    @classmethod
+    def of(cls, name: str, quantized: QTensor, weight: Tensor, method: str) -> LayerReport:
+        """The report of a layer whose float weight became `quantized`."""
+        return cls(
+            name=name,
+            scheme=str(quantized.scheme),
+            shape=(quantized.shape[0], quantized.shape[1]),
+            original_bytes=weight.nbytes,
+            nbytes=quantized.nbytes,
+            error=quantized.error(weight),
+            method=method,
+        )
 
     @property
     def weights(self) -> int:

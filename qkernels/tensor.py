@@ -136,12 +136,8 @@ class QTensor:
 
     def rows(self, index: Tensor) -> QTensor:
         """Rows of the weight, in the order of a (rows,) integer index: codes and scales are gathered, nothing else."""
-        beside = self.scheme.group_size == "tensor"  # then one scale is every row's
-        scale, zero = (
-            t if t is None or beside else t.index_select(1, index).contiguous() for t in (self.scale, self.zero)
-        )
-        assert scale is not None
-        return dataclasses.replace(self, packed=self.packed.index_select(0, index), scale=scale, zero=zero)
+        packed, scale, zero = ops.rows(self.packed, self.scale, self.zero, str(self.scheme), index)
+        return dataclasses.replace(self, packed=packed, scale=scale, zero=zero)
 
     def error(self, w: Tensor) -> QuantizationError:
         """How far this is from the original weight w (N, K)."""

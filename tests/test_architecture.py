@@ -26,8 +26,11 @@ FLOORS = {
     "qkernels.kernels": 2,
     "qkernels.dispatch": 3,
     "qkernels.ops": 3,
+    "qkernels.ops_experts": 3,
     "qkernels.tensor": 4,
     "qkernels.nn": 5,
+    "qkernels.experts": 5,
+    "qkernels.replace": 5,
     "qkernels.siblings": 5,
     "qkernels.merge": 5,
     "qkernels.formats": 5,
@@ -42,6 +45,7 @@ FLOORS = {
     "qkernels.tune": 7,
     "qkernels.demo": 7,
     "qkernels.reporting": 7,
+    "qkernels.integrations": 7,
     "qkernels.cli": 7,
     "qkernels": 8,  # __init__ hands out what users need
 }

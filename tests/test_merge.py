@@ -38,13 +38,13 @@ TOKENS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1)
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Rows of the weight of every product that is computed without a gradient."""
     found: list[int] = []
-    original = ops._matmul_cpu
+    original = ops.matmul_cpu
 
     def counted(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
         found.append(packed.shape[0])
         return original(x, packed, *rest)
 
-    monkeypatch.setattr(ops, "_matmul_cpu", counted)
+    monkeypatch.setattr(ops, "matmul_cpu", counted)
     return found
 
 

@@ -563,7 +563,10 @@ def test_the_command_measures_a_language_model(
         (["FOLDER", "--reference", "PLAIN"], "must hold one safetensors file, found 3"),
         (["QUANTIZED", "--reference", "PLAIN", "--text", "TEXT"], "--text needs a language model"),
         (["QUANTIZED", "--reference", "PLAIN", "--out", "TEXT"], "is not a folder"),
-        (["QUANTIZED", "--reference", "LLAMA", "--text", "TEXT"], "a.weight is quantized, but the model has no Linear"),
+        (
+            ["QUANTIZED", "--reference", "LLAMA", "--text", "TEXT"],
+            "a.weight is quantized, but the model has no layer",
+        ),
     ],
 )
 def test_what_the_command_cannot_do_is_one_line(

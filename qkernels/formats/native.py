@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qkernels.checks import LARGEST_IN_FEATURES
 from qkernels.files import replacing
+from qkernels.packing import packed_words
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
 
@@ -73,9 +74,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
         for suffix, part in parts.items():
             stored[name + suffix] = _own_memory(part, taken)
         if isinstance(tensor, QTensor):
-            weights[name] = {"scheme": str(tensor.scheme), "shape": list(tensor.shape)}
-            if tensor.order is not None:
-                weights[name]["ordered"] = True
+            weights[name] = Entry.of(tensor).json()
 
     metadata = {
         "format": "pt",
@@ -148,7 +147,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
 
 def _read_header(
     path: Path, metadata: dict[str, str] | None, names: set[str]
-) -> tuple[dict[str, _Entry], dict[str, str]]:
+) -> tuple[dict[str, Entry], dict[str, str]]:
     """Schemes and shapes of the quantized weights, and aliases, each checked against the tensors that are there."""
     if not metadata or "qkernels" not in metadata:
         raise FormatError(f"{path}: not a qkernels file: its metadata has no 'qkernels' entry")
@@ -164,10 +163,10 @@ def _read_header(
     if not isinstance(header["weights"], dict) or not isinstance(header["aliases"], dict):
         raise FormatError(f"{path}: 'weights' and 'aliases' must be objects")
 
-    weights: dict[str, _Entry] = {}
+    weights: dict[str, Entry] = {}
     claimed: set[str] = set()
     for name, value in header["weights"].items():
-        entry = _read_entry(path, name, value)
+        entry = read_entry(path, name, value)
         parts = entry.parts(name)
         if missing := parts - names:
             raise FormatError(f"{path}: {name}: the file has no tensor {min(missing)!r}")
@@ -185,20 +184,57 @@ def _read_header(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    """What the metadata says of a weight."""
+class Entry:
+    """What metadata, and configurations of models, say of a quantized weight.
+
+    Attributes:
+        scheme: of its codes.
+        shape: (N, K).
+        ordered: whether its columns have an order of their own.
+    """
 
     scheme: Scheme
     shape: tuple[int, int]
-    ordered: bool
+    ordered: bool = False
+
+    @staticmethod
+    def of(weight: QTensor) -> Entry:
+        """The entry of a weight."""
+        return Entry(weight.scheme, (weight.shape[0], weight.shape[1]), weight.order is not None)
+
+    def json(self) -> dict[str, Any]:
+        """What is stored."""
+        ordered = {"ordered": True} if self.ordered else {}
+        return {"scheme": str(self.scheme), "shape": list(self.shape), **ordered}
 
     def parts(self, name: str) -> set[str]:
-        """Names of the tensors that are the weight."""
+        """Names of the tensors that are the weight called `name`."""
         zero = {f"{name}_zero"} if self.scheme.zero_dtype is not None else set()
         return {name, f"{name}_scale", *zero} | ({f"{name}_order"} if self.ordered else set())
 
+    def on_meta(self) -> QTensor:
+        """A weight of these shapes and dtypes without values."""
+        rows, in_features = self.shape
+        groups = self.scheme.scale_shape(rows, in_features)
+        with torch.device("meta"):
+            return QTensor(
+                torch.empty(rows, packed_words(self.scheme.bits, in_features), dtype=torch.int32),
+                torch.empty(groups, dtype=self.scheme.scale_dtype),
+                None if self.scheme.zero_dtype is None else torch.empty(groups, dtype=self.scheme.zero_dtype),
+                self.scheme,
+                in_features,
+                torch.empty(in_features, dtype=torch.int32) if self.ordered else None,
+            )
 
-def _read_entry(path: Path, name: str, entry: Any) -> _Entry:
+
+def quantization_config(weights: Mapping[str, Entry]) -> dict[str, Any]:
+    """What a model's config.json says of weights stored as above: {name of each: its entry}."""
+    entries = {name: entry.json() for name, entry in weights.items()}
+    return {"quant_method": "qkernels", "version": VERSION, "weights": entries}
+
+
+def read_entry(path: object, name: str, entry: Any) -> Entry:
+    """An entry, if that is what it is; else FormatError, which begins with the path."""
     if not isinstance(entry, dict) or set(entry) - {"ordered"} != {"scheme", "shape"}:
         raise FormatError(f"{path}: {name}: metadata must hold 'scheme' and 'shape', got {entry!r:.100}")
     try:
@@ -217,10 +253,10 @@ def _read_entry(path: Path, name: str, entry: Any) -> _Entry:
     ordered = entry.get("ordered", False)
     if not isinstance(ordered, bool):
         raise FormatError(f"{path}: {name}: 'ordered' must be true or false, got {ordered!r:.100}")
-    return _Entry(scheme, (shape[0], shape[1]), ordered)
+    return Entry(scheme, (shape[0], shape[1]), ordered)
 
 
-def _read_weight(path: Path, file: Any, name: str, entry: _Entry) -> QTensor:
+def _read_weight(path: Path, file: Any, name: str, entry: Entry) -> QTensor:
     scheme, shape = entry.scheme, entry.shape
     packed, scale = file.get_tensor(name), file.get_tensor(f"{name}_scale")
     zero = None if scheme.zero_dtype is None else file.get_tensor(f"{name}_zero")

@@ -17,6 +17,7 @@ from qkernels.merge import SIBLINGS, check_groups
 from qkernels.model import batches_of, check_method, method_for
 from qkernels.planning import fisher, knapsack, trial
 from qkernels.planning.result import Plan, PlannedLayer, Uniform
+from qkernels.replace import linears_for_conv1d
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.selection import DEFAULT_SKIP, check_quantizable, select
 from qkernels.tensor import QTensor, quantize, stored_bytes
@@ -93,47 +94,51 @@ def plan(
     True
     """
     schemes = _candidates(candidates)
-    linears = {name: linear for name, (linear, _) in select(model, schemes[0], skip, {})[0].items()}
-    for name, linear in linears.items():
-        check_quantizable(name, linear, schemes[0])
-    groups = _groups(linears, list(check_groups(siblings)))
-    sizes = {name: [stored_bytes(s, *_shape(linear)) for s in schemes] for name, linear in linears.items()}
-    budget = _budget(target_bits, target_bytes, linears, schemes, groups, sizes)
     check_method(None, calibration)
     if isinstance(calibration, Iterator):
         calibration = list(calibration)  # it is gone through more than once
-    batches = batches_of(model, calibration)
-    known = {} if batches is None else importances(model, linears, batches)
-    measured = dict(_measure(model, linears, schemes, known, batches, progress))
-    costs, measure = _costs(measured)
-    options = [
-        [knapsack.Option(sum(sizes[n][i] for n in names), sum(costs[n][i] for n in names)) for i in range(len(schemes))]
-        for names in groups
-    ]
-    uniform = [
-        Uniform(scheme, sum(o[i].nbytes for o in options), sum(o[i].cost for o in options))
-        for i, scheme in enumerate(schemes)
-    ]
-    choices = _choices(groups, options, budget, costs, {name: m.errors for name, m in measured.items()}, uniform)
-    found: list[float] = []
-    if try_out and batches is not None and measure != "weight error":
-        found = _found(model, linears, schemes, known, choices, batches, progress)
-    best = min(range(len(choices)), key=found.__getitem__) if found else 0
-    chosen = choices[best]
-    return Plan(
-        layers=tuple(
-            PlannedLayer(
-                name, schemes[chosen[name]], _shape(linear), sizes[name][chosen[name]], costs[name][chosen[name]],
-                _sensitivity(costs[name], measured[name].errors),
-            )
-            for name, linear in linears.items()
-        ),
-        target_bytes=budget,
-        measure=measure,
-        uniform=tuple(sorted(uniform, key=lambda u: u.nbytes)),
-        measured=found[best] if found else None,
-        measured_uniform=found[-1] if found and any(alike.nbytes <= budget for alike in uniform) else None,
-    )  # fmt: skip
+    with linears_for_conv1d(model):
+        linears = {name: linear for name, (linear, _) in select(model, schemes[0], skip, {}).linears.items()}
+        for name, linear in linears.items():
+            check_quantizable(name, linear, schemes[0])
+        groups = _groups(linears, list(check_groups(siblings)))
+        sizes = {name: [stored_bytes(s, *_shape(linear)) for s in schemes] for name, linear in linears.items()}
+        budget = _budget(target_bits, target_bytes, linears, schemes, groups, sizes)
+        batches = batches_of(model, calibration)
+        known = {} if batches is None else importances(model, linears, batches)
+        measured = dict(_measure(model, linears, schemes, known, batches, progress))
+        costs, measure = _costs(measured)
+        options = [
+            [
+                knapsack.Option(sum(sizes[n][i] for n in names), sum(costs[n][i] for n in names))
+                for i in range(len(schemes))
+            ]
+            for names in groups
+        ]
+        uniform = [
+            Uniform(scheme, sum(o[i].nbytes for o in options), sum(o[i].cost for o in options))
+            for i, scheme in enumerate(schemes)
+        ]
+        choices = _choices(groups, options, budget, costs, {name: m.errors for name, m in measured.items()}, uniform)
+        found: list[float] = []
+        if try_out and batches is not None and measure != "weight error":
+            found = _found(model, linears, schemes, known, choices, batches, progress)
+        best = min(range(len(choices)), key=found.__getitem__) if found else 0
+        chosen = choices[best]
+        return Plan(
+            layers=tuple(
+                PlannedLayer(
+                    name, schemes[chosen[name]], _shape(linear), sizes[name][chosen[name]], costs[name][chosen[name]],
+                    _sensitivity(costs[name], measured[name].errors),
+                )
+                for name, linear in linears.items()
+            ),
+            target_bytes=budget,
+            measure=measure,
+            uniform=tuple(sorted(uniform, key=lambda u: u.nbytes)),
+            measured=found[best] if found else None,
+            measured_uniform=found[-1] if found and any(alike.nbytes <= budget for alike in uniform) else None,
+        )  # fmt: skip
 
 
 def _shape(linear: nn.Linear) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.nn import QuantLinear
+from qkernels.replace import linears_for_conv1d
 from qkernels.reporting import outputs
 from qkernels.reporting.outputs import Batch
 from qkernels.reporting.rows import OUTLIER, LayerQuality
@@ -64,16 +65,17 @@ def report(
     for who, given in (("model", model), ("reference", reference)):
         if not isinstance(given, nn.Module):
             raise TypeError(f"{who} must be a torch.nn.Module or a mapping of tensors, got {type(given).__name__}")
-    pairs = dict(_layer_pairs(model, reference))
-    moments: Mapping[str, Tensor] = {}
-    quality = None
-    if batches is not None:
-        linears = {name: linear for name, (_, linear) in pairs.items()}
-        moments, quality = outputs.run(model, reference, linears, batches)
-    rows = (
-        _layer(name, quantized.qweight, linear.weight, moments.get(name)) for name, (quantized, linear) in pairs.items()
-    )
-    return QualityReport(tuple(rows), quality)
+    with linears_for_conv1d(reference):
+        pairs = dict(_layer_pairs(model, reference))
+        moments: Mapping[str, Tensor] = {}
+        quality = None
+        if batches is not None:
+            linears = {name: linear for name, (_, linear) in pairs.items()}
+            moments, quality = outputs.run(model, reference, linears, batches)
+        rows = tuple(
+            _layer(name, layer.qweight, linear.weight, moments.get(name)) for name, (layer, linear) in pairs.items()
+        )
+    return QualityReport(rows, quality)
 
 
 def _layer_pairs(model: nn.Module, reference: nn.Module) -> Iterator[tuple[str, tuple[QuantLinear, nn.Linear]]]:

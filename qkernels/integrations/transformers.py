@@ -1,0 +1,224 @@
+"""transformers: from_pretrained that quantizes, or that loads what is quantized, and save_pretrained.
+
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=QKernelsConfig("w4g128"))
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+Importing this module tells transformers of the method "qkernels". Works with transformers 5.0 and later.
+
+A weight is quantized as it is loaded, so that no more than one is there as floats; embeddings, experts and, with
+calibration, everything are quantized by quantize_model once the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qkernels.formats.native import VERSION, Entry, FormatError, quantization_config, read_entry
+from qkernels.model import check_method, method_for, quantize_extras, quantize_model
+from qkernels.nn import PARTS, QuantModule
+from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
+from qkernels.scheme import Scheme, as_scheme
+from qkernels.selection import DEFAULT_SKIP, Extra, check_weight, select
+from qkernels.tensor import quantize
+
+
+@register_quantization_config("qkernels")
+class QKernelsConfig(QuantizationConfigMixin):
+    """How from_pretrained quantizes a model.
+
+    Args:
+        scheme: such as "w4g128", for layers that no pattern names.
+        skip, schemes, embeddings: as of quantize_model.
+        method: how codes are chosen; None or "rtn", "search", "hqq", and with calibration "gptq".
+        calibration: batches, "written" or "random", as of quantize_model. Without it nothing is known of inputs: codes
+            are those of quantize_model where it has no calibration.
+        options: further arguments of quantize_model (smooth, distill, merge, ...), where there is calibration.
+        weights: {name: entry} of a model that is quantized already, as its config.json has it.
+        version: of that.
+
+    Raises:
+        ValueError, TypeError: neither or both of scheme and weights are given, a scheme or a method is none, or an
+            argument is not known.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme | None = None,
+        *,
+        skip: Sequence[str] = DEFAULT_SKIP,
+        schemes: Mapping[str, str | Scheme | None] | None = None,
+        embeddings: str | Scheme | None = None,
+        method: str | None = None,
+        calibration: Iterable[Any] | str | None = None,
+        options: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Any] | None = None,
+        version: str = VERSION,
+        **unknown: Any,
+    ):
+        self.quant_method = "qkernels"
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise TypeError(f"QKernelsConfig has no argument {next(iter(unknown))!r}")
+        if (scheme is None) == (weights is None):
+            raise ValueError("QKernelsConfig needs a scheme, such as 'w4g128', or the weights of a quantized model")
+        if version != VERSION:
+            raise FormatError(f"quantization_config's version must be {VERSION!r}, got {version!r}")
+        self.scheme = None if scheme is None else as_scheme(scheme)
+        self.skip = skip
+        self.schemes = {pattern: None if s is None else as_scheme(s) for pattern, s in (schemes or {}).items()}
+        self.embeddings = None if embeddings is None else as_scheme(embeddings)
+        self.method, self.calibration, self.options = method, calibration, dict(options or {})
+        if weights is None:
+            if method != "gptq" or calibration is None:
+                check_method(method, None)
+            if self.options and calibration is None:
+                raise ValueError(f"options ({', '.join(self.options)}) need calibration")
+        elif not isinstance(weights, Mapping):
+            raise FormatError(f"quantization_config's weights must be an object, got {type(weights).__name__}")
+        self.weights = None
+        if weights is not None:
+            self.weights = {name: read_entry("quantization_config", name, entry) for name, entry in weights.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: of a quantized model its weights, else the schemes asked for."""
+        if self.weights is not None:
+            return quantization_config(self.weights)
+        return {
+            "quant_method": "qkernels",
+            "scheme": str(self.scheme),
+            "skip": list(self.skip),
+            "schemes": {pattern: None if s is None else str(s) for pattern, s in self.schemes.items()},
+            "embeddings": None if self.embeddings is None else str(self.embeddings),
+            "method": self.method,
+        }
+
+
+class _Quantize(ConversionOps):
+    """A float weight that was loaded -> the parts of a quantized one, whose layer takes the place of the float one."""
+
+    def __init__(self, hf_quantizer: QKernelsHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Tensor]:
+        """{name of the weight: tensor} -> {names of its parts: tensors}."""
+        (value,) = input_dict.values()
+        return self.hf_quantizer.quantize_weight(full_layer_name, value[0] if isinstance(value, list) else value)
+
+
+@register_quantizer("qkernels")
+class QKernelsHfQuantizer(HfQuantizer):
+    """What transformers asks while it loads a model."""
+
+    quantization_config: QKernelsConfig
+    is_compileable = True
+    is_trainable = False
+
+    def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.weights is not None
+        self._model: Any = None
+        self._schemes: dict[str, Scheme] = {}  # of weights still to be quantized, by name
+        self._transposed: set[str] = set()  # those of Conv1D
+        self._extras: dict[str, Extra] = {}  # weights to be quantized when the model is loaded
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if config.weights is not None:
+            self._put_empty(model, config.weights)
+            return model
+        if config.calibration is None:
+            layers = dict(model.named_modules(remove_duplicate=False))
+            with linears_for_conv1d(model):
+                chosen = select(model, config.scheme, config.skip, config.schemes, config.embeddings)
+            self._extras = chosen.extras
+            self._schemes = {f"{name}.weight": scheme for name, (_, scheme) in chosen.linears.items()}
+            self._transposed = {f"{name}.weight" for name in chosen.linears if is_conv1d(layers[name])}
+            self._model = model
+        return model
+
+    def _put_empty(self, model: Any, weights: Mapping[str, Entry]) -> None:
+        """Quantized layers without values, for what a checkpoint stores quantized."""
+        prefix = f"{model.base_model_prefix}."
+        where = places(model)
+        tied = dict(model.all_tied_weights_keys)
+        names = {}
+        for name, entry in weights.items():
+            spellings = [name, prefix + name, name.removeprefix(prefix)]  # of a base model, or a model with a head
+            found = next(((s, place) for s in spellings if (place := slot(model, s)) is not None), None)
+            if found is None:
+                continue  # another head's: transformers tells of tensors that it has no use for
+            if found[1].shape != entry.shape:
+                raise FormatError(f"quantization_config: {name} is {entry.shape}, the model's {found[1].shape}")
+            found[1].put(entry.on_meta(), where.get(found[1].module, ()))
+            names[found[0]] = entry
+        for target, source in tied.items():
+            if source in names and target in names:
+                for part in names[source].parts("") - {""}:
+                    model.all_tied_weights_keys[target + part] = source + part
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a weight is to be quantized as it is loaded."""
+        return param_name in self._schemes
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What quantizes a weight."""
+        return _Quantize(self)
+
+    def quantize_weight(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Quantize a weight that was loaded, and put its layer into the model; {names: parts}."""
+        scheme = self._schemes[name]
+        layer_name = name.removesuffix(".weight")
+        weight = weight.T.contiguous() if name in self._transposed else weight
+        check_weight(layer_name, weight, scheme)
+        method, _ = method_for(self.quantization_config.method, scheme, weighted=False)
+        quantized = quantize(weight, scheme, method=method)
+        module = self._model.get_submodule(layer_name)
+        layer = counterpart(module, quantized)
+        put(layer, places(self._model)[module])
+        return {f"{layer_name}.{part}": p for part, p in layer._parameters.items() if p is not None and part != "bias"}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if config.weights is None:
+            if config.calibration is None:
+                quantize_extras(self._extras, config.method)
+            else:
+                quantize_model(
+                    model,
+                    cast(Scheme, config.scheme),
+                    method=config.method,
+                    calibration=config.calibration,
+                    skip=config.skip,
+                    schemes=config.schemes,
+                    embeddings=config.embeddings,
+                    **config.options,
+                )
+        self._model, self._schemes, self._extras, self._transposed = None, {}, {}, set()
+        layers = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, QuantModule)
+        }
+        config.weights = {f"{name}.weight": Entry.of(layer.qweight) for name, layer in layers.items()}
+        config.calibration = None
+        for layer in layers.values():
+            for name in PARTS:  # the loader takes every floating parameter for one to be trained
+                if (parameter := layer._parameters.get(name)) is not None:
+                    parameter.requires_grad_(False)
+        # Weights are stored as the model has them: a conversion of float weights cannot be undone on codes.
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in used if not isinstance(c, WeightConverter)]
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether save_pretrained works."""
+        return True

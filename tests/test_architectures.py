@@ -1,0 +1,107 @@
+"""Models of transformers' architectures: quantized, each runs as its dequantized twin, and comes back from files."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qkernels
+from qkernels import QuantEmbedding, QuantExperts, QuantLinear
+from tests import models
+
+
+def dequantized(quantized: Any, original: Any) -> Any:
+    """The original, whose weights are now what the codes of its quantized twin stand for: the oracle of the model."""
+    twin = copy.deepcopy(original)
+    for name, layer in quantized.named_modules(remove_duplicate=False):
+        if isinstance(layer, (QuantLinear, QuantEmbedding, QuantExperts)):
+            weight = layer.qweight.dequantize()
+            parent, _, child = name.rpartition(".")
+            there = getattr(twin.get_submodule(parent), child)
+            if isinstance(layer, QuantExperts):
+                weight = weight.unflatten(0, (layer.num_experts, -1))
+                weight = weight.transpose(1, 2) if twin.get_submodule(parent).is_transposed else weight
+            elif type(there).__name__ == "Conv1D":
+                weight = weight.T
+            parameter = nn.Parameter(weight.contiguous())  # a new one: what was tied need not be any more
+            if isinstance(there, nn.Module):
+                there.weight = parameter
+            else:
+                setattr(twin.get_submodule(parent), child, parameter)
+    return twin
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_architecture(name: str, tmp_path: pathlib.Path) -> None:
+    original, arguments = models.make(name), models.inputs(name)
+    model = copy.deepcopy(original)
+    before = model.get_input_embeddings() if name != "vit" else None
+    embeddings = "w8g64" if isinstance(before, nn.Embedding) and type(before) is nn.Embedding else None
+    report = qkernels.quantize_model(model, "w4g32", method="rtn", embeddings=embeddings, progress=False)
+    kinds = {type(module) for module in model.modules()}
+    assert QuantLinear in kinds
+    assert (QuantEmbedding in kinds) == (embeddings is not None)
+    assert (QuantExperts in kinds) == (name in ("mixtral", "gpt_oss"))
+    left = [n for n, m in model.named_modules() if type(m) in (nn.Linear,) or type(m).__name__ == "Conv1D"]
+    assert set(left) == set(report.skipped)
+    assert all(n.endswith(("lm_head", "proj_out")) for n in left), left
+    found = models.output(model, arguments)
+    torch.testing.assert_close(found, models.output(dequantized(model, original), arguments), atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(found, models.output(original, arguments), atol=1e-3)
+    if embeddings and name.endswith("tied"):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    path = tmp_path / "model.safetensors"
+    qkernels.save(model, path)
+    for fresh in (models.make(name), copy.deepcopy(model)):
+        for parameter in fresh.parameters():
+            parameter.data.zero_()
+        assert torch.equal(models.output(qkernels.load(path, fresh), arguments), found)
+
+
+def test_a_name_of_experts_is_left_alone_with_its_sibling() -> None:
+    model = models.make("mixtral")
+    report = qkernels.quantize_model(model, "w4g32", skip=["*.0.*.down_proj", "lm_head"], progress=False)
+    assert [n for n in report.skipped if "experts" in n] == [
+        "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj",
+    ]  # fmt: skip
+    assert isinstance(model.model.layers[1].mlp.experts.down_proj, QuantExperts)
+    twin = models.make("mixtral")
+    arguments = models.inputs("mixtral")
+    torch.testing.assert_close(
+        models.output(model, arguments), models.output(dequantized(model, twin), arguments), atol=2e-3, rtol=2e-3
+    )
+
+
+def test_schemes_by_name_reach_experts_and_embeddings() -> None:
+    model = models.make("mixtral")
+    report = qkernels.quantize_model(
+        model, "w4g32", embeddings="w8c", schemes={"*.down_proj": "w8g32", "*.q_proj": None}, progress=False
+    )
+    schemes = {layer.name: layer.scheme for layer in report.layers}
+    assert schemes["model.embed_tokens"] == "w8c"
+    assert schemes["model.layers.0.mlp.experts.down_proj"] == "w8g32"
+    assert schemes["model.layers.0.mlp.experts.gate_up_proj"] == "w4g32"
+    assert "model.layers.0.self_attn.q_proj" not in schemes
+    # experts are reported by their stacked rows
+    assert {layer.shape for layer in report.layers if layer.name.endswith("down_proj")} == {(4 * 64, 96)}
+
+
+def test_calibration_leaves_conv1d_where_it_was_after_an_error() -> None:
+    model = models.make("gpt2")
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="pattern 'nowhere' fits no"):
+        qkernels.quantize_model(model, "w4g32", skip=["nowhere"], progress=False)
+    assert [type(module) for module in model.modules()] == kinds
+    report = qkernels.quantize_model(
+        model, "w4g32", method="gptq", calibration=[models.inputs("gpt2")["input_ids"]], progress=False,
+        schemes={"*.c_proj": None},
+    )  # fmt: skip
+    assert {layer.method for layer in report.layers} == {"gptq"}
+    assert len(report.layers) == 4
+    assert type(model.transformer.h[0].mlp.c_proj).__name__ == "Conv1D"
