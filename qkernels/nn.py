@@ -31,6 +31,7 @@ class QuantModule(nn.Module):
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter | None
     weight_order: nn.Parameter | None
+    _converted = "bias"  # the one parameter whose dtype changes with the model's
 
     def __init__(self, weight: QTensor):
         super().__init__()
@@ -48,7 +49,7 @@ class QuantModule(nn.Module):
         return QTensor(self.weight.data, self.weight_scale.data, zero, self.scheme, self.in_features, order)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keep_dtypes(fn, self._parameters.get("bias")), recurse)
+        return super()._apply(keep_dtypes(fn, self._parameters.get(self._converted)), recurse)
 
     def _load_from_state_dict(
         self,
@@ -134,6 +135,8 @@ class QuantEmbedding(QuantModule):
         ValueError, TypeError: the weight has an order of inputs, or dtype is not one of these.
     """
 
+    _converted = "like"
+
     def __init__(self, weight: QTensor, dtype: torch.dtype = torch.float32):
         super().__init__(weight)
         if weight.order is not None:
@@ -141,19 +144,30 @@ class QuantEmbedding(QuantModule):
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.dtype = dtype
+        # Empty, never stored, and first: transformers takes the dtype of a model's first floating parameter for that of
+        # its activations, and an embedding is what it meets first.
+        self.like = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self._parameters = {"like": self._parameters.pop("like"), **self._parameters}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output."""
+        return self.like.dtype
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as of nn.Embedding
         """Integer indices (...) -> (..., embedding_dim)."""
         flat = input.reshape(-1)
-        packed, scale, zero = ops.rows(self.weight, self.weight_scale, self.weight_zero, self._scheme, flat)
+        one_scale = self.scheme.group_size == "tensor"
+        packed, scale, zero = ops.rows(self.weight, self.weight_scale, self.weight_zero, flat, per_tensor=one_scale)
         found = ops.dequantize(packed, scale, zero, self._scheme, self.in_features, self.dtype)
         return found.reshape(*input.shape, self.in_features)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        self.dtype = dtype if dtype in DTYPES else self.dtype
-        return super()._apply(fn, recurse)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}like"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict({**state_dict, f"{prefix}like": self.like}, prefix, *rest)
 
     def extra_repr(self) -> str:
         """What repr shows between the parentheses."""
@@ -215,12 +229,12 @@ class QuantExperts(QuantModule):
         )
 
 
-def keep_dtypes(fn: Callable[[Tensor], Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """What nn.Module._apply may do to a quantized layer: everything but change a dtype other than the bias's."""
+def keep_dtypes(fn: Callable[[Tensor], Tensor], converted: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What nn.Module._apply may do to a quantized layer: everything but change a dtype, other than of `converted`."""
 
     def careful(t: Tensor) -> Tensor:
         moved = fn(t)
-        if moved.dtype != t.dtype and (t is not bias or moved.dtype not in DTYPES):
+        if moved.dtype != t.dtype and (t is not converted or moved.dtype not in DTYPES):
             return t.to(moved.device)
         return moved
 

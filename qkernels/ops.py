@@ -304,10 +304,13 @@ _any_autocast = torch._C._is_any_autocast_enabled
 
 
 def rows(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, index: Tensor
+    packed: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor, *, per_tensor: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """packed, scale and zero of rows of a weight, in the order of a (rows,) integer index."""
-    if as_scheme(scheme).group_size != "tensor":  # else one scale is every row's
+    """packed, scale and zero of rows of a weight, in the order of a (rows,) integer index.
+
+    per_tensor: whether the scale is one for all rows. (A scheme's string tells, but torch.compile cannot parse it.)
+    """
+    if not per_tensor:
         scale = scale.index_select(1, index)
         zero = None if zero is None else zero.index_select(1, index)
     return packed.index_select(0, index), scale, zero

@@ -195,6 +195,9 @@ class MergedLinear(QuantLinear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.apart()._save_to_state_dict(destination, prefix, keep_vars)
+        scales = [name for name in (f"{prefix}weight_scale", f"{prefix}weight_zero") if name in destination]
+        for name in scales:  # columns of a wider tensor: what writes files wants them on their own
+            destination[name] = destination[name].contiguous()
 
     def _load_from_state_dict(
         self,

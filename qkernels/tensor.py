@@ -136,7 +136,8 @@ class QTensor:
 
     def rows(self, index: Tensor) -> QTensor:
         """Rows of the weight, in the order of a (rows,) integer index: codes and scales are gathered, nothing else."""
-        packed, scale, zero = ops.rows(self.packed, self.scale, self.zero, str(self.scheme), index)
+        one_scale = self.scheme.group_size == "tensor"
+        packed, scale, zero = ops.rows(self.packed, self.scale, self.zero, index, per_tensor=one_scale)
         return dataclasses.replace(self, packed=packed, scale=scale, zero=zero)
 
     def error(self, w: Tensor) -> QuantizationError:

@@ -32,7 +32,7 @@ def test_an_embedding_gives_the_rows_of_its_weight(scheme: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(copy.deepcopy(layer).to(dtype)(ids), q.dequantize(dtype)[ids])
     assert torch.equal(torch.compile(layer, fullgraph=True)(ids), layer(ids))
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         layer(torch.tensor([30]))
 
 

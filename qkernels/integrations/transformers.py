@@ -126,8 +126,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = quantization_config.weights is not None
         self._model: Any = None
-        self._schemes: dict[str, Scheme] = {}  # of weights still to be quantized, by name
-        self._transposed: set[str] = set()  # those of Conv1D
+        self._schemes: dict[str, Scheme] = {}  # of layers still to be quantized, by name
+        self._failed: list[Exception] = []
         self._extras: dict[str, Extra] = {}  # weights to be quantized when the model is loaded
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -136,12 +136,10 @@ class QKernelsHfQuantizer(HfQuantizer):
             self._put_empty(model, config.weights)
             return model
         if config.calibration is None:
-            layers = dict(model.named_modules(remove_duplicate=False))
             with linears_for_conv1d(model):
                 chosen = select(model, config.scheme, config.skip, config.schemes, config.embeddings)
             self._extras = chosen.extras
-            self._schemes = {f"{name}.weight": scheme for name, (_, scheme) in chosen.linears.items()}
-            self._transposed = {f"{name}.weight" for name in chosen.linears if is_conv1d(layers[name])}
+            self._schemes = {name: scheme for name, (_, scheme) in chosen.linears.items()}
             self._model = model
         return model
 
@@ -167,29 +165,46 @@ class QKernelsHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight is to be quantized as it is loaded."""
-        return param_name in self._schemes
+        name, _, attribute = param_name.rpartition(".")
+        return attribute == "weight" and name in self._schemes
 
     def get_quantize_ops(self) -> ConversionOps:
         """What quantizes a weight."""
         return _Quantize(self)
 
     def quantize_weight(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Quantize a weight that was loaded, and put its layer into the model; {names: parts}."""
-        scheme = self._schemes[name]
+        """Quantize a weight that was loaded, and put its layer into the model; {names: parts}.
+
+        One that cannot be quantized is left as it is, and told once the model is loaded: what is raised while
+        transformers loads is put into a table of its own.
+        """
         layer_name = name.removesuffix(".weight")
-        weight = weight.T.contiguous() if name in self._transposed else weight
-        check_weight(layer_name, weight, scheme)
+        try:
+            layer = self._quantized(layer_name, weight)
+        except (ValueError, TypeError) as error:
+            self._failed.append(error)
+            return {name: weight}
+        return {f"{layer_name}.{part}": p for part in PARTS if (p := layer._parameters[part]) is not None}
+
+    def _quantized(self, name: str, weight: Tensor) -> QuantModule:
+        """The quantized layer of a weight, in the place of the float one."""
+        scheme = self._schemes.pop(name)
+        module = self._model.get_submodule(name)
+        weight = weight.T.contiguous() if is_conv1d(module) else weight
+        check_weight(name, weight, scheme)
         method, _ = method_for(self.quantization_config.method, scheme, weighted=False)
-        quantized = quantize(weight, scheme, method=method)
-        module = self._model.get_submodule(layer_name)
-        layer = counterpart(module, quantized)
+        layer = counterpart(module, quantize(weight, scheme, method=method))
         put(layer, places(self._model)[module])
-        return {f"{layer_name}.{part}": p for part, p in layer._parameters.items() if p is not None and part != "bias"}
+        return layer
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        if self._failed:
+            raise self._failed[0]
         if config.weights is None:
             if config.calibration is None:
+                for name in list(self._schemes):  # no weight of the checkpoint, but tied to one
+                    self._quantized(name, model.get_submodule(name).weight.detach())
                 quantize_extras(self._extras, config.method)
             else:
                 quantize_model(
@@ -202,7 +217,7 @@ class QKernelsHfQuantizer(HfQuantizer):
                     embeddings=config.embeddings,
                     **config.options,
                 )
-        self._model, self._schemes, self._extras, self._transposed = None, {}, {}, set()
+        self._model, self._schemes, self._extras = None, {}, {}
         layers = {
             name: module
             for name, module in model.named_modules(remove_duplicate=False)
