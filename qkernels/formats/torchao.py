@@ -107,7 +107,7 @@ def _decode(entries: Mapping[str, Entry], prefix: str, module: str, parts: Mappi
     own = {part.removeprefix(prefix): tensor for part, tensor in parts.items()}
     for what in _PARTS[3:]:
         if what in own:
-            raise ValueError(f"a {kind} with {what} is not read")
+            raise ValueError(f"{kind} with {what} is not read")
     return _KINDS[kind](own, data)
 
 
