@@ -240,8 +240,12 @@ def test_more_that_is_wrong() -> None:
         _read(parts)
     parts = _parts(_layer(dtype=torch.bfloat16))
     parts["scale"].fill_(3e38)
-    with pytest.raises(ValueError, match="scale times zero, or scale times the largest code, of group 0, row 0 leaves"):
-        _read(parts)
+    for zero in (7.3, 0.5):  # 15 scale leaves float32, even where zero scale does not
+        parts["zero"].fill_(zero)
+        with pytest.raises(ValueError, match="scale times zero, or scale times the largest code, of group 0, row 0 l"):
+            _read(parts)
+    with pytest.raises(ValueError, match="group_size must divide the 96 input features, got 64"):
+        _read(_parts(_layer(shape=(4, 96))))
 
 
 def test_defaults_of_older_files() -> None:

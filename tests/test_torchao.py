@@ -198,6 +198,9 @@ def test_half_bytes_without_zeros() -> None:
         weight = _int4(q, torch.rand(2, 3).to(dtype), torch.zeros(2, 3).to(dtype))
         assert _read(weight).scheme.value_map == "symmetric"
         assert torch.equal(_read(weight).dequantize(), _exact(weight))
+    weight = _int4(q, torch.ones(2, 3).half(), torch.tensor([[0.0] * 3, [0, 0, 1]]).half())
+    assert _read(weight).scheme.value_map == "offset"
+    assert torch.equal(_read(weight).dequantize(), _exact(weight))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -217,7 +220,7 @@ def test_zeros_of_any_size_are_exact_or_refused(dtype: torch.dtype) -> None:
         assert torch.equal(found, _exact(weight))
     assert 25 <= read < 39
     # Lost in float64 already, on either side.
-    for s, z in ((1.0, 1e-30), (1e-30, 1.0)):
+    for s, z in ((1.0, 1e-30), (1e-30, 1.0), (3e37, 3e37)):  # and 15 s beyond float32, where 8 s is not
         with pytest.raises(ValueError, match="is not exact in float32"):
             _read(_int4(q, torch.tensor([[s]]).bfloat16(), torch.tensor([[z]]).bfloat16()))
 
