@@ -19,9 +19,10 @@ What the values are:
     float16 and bfloat16 otherwise                   offset = -zero scale, in float32
 
 A product of two 16-bit floats is exact in float32, and so is u scale: u scale + offset is rounded once and is the real
-value of the definition, correctly rounded to float32. hqq gives the same bits in float32 unless u - zero is itself
-rounded there, which only zeros much smaller than a code make it. In 16 bits hqq rounds u - zero and the product, where
-here the float32 value is rounded: they may differ by a rounding of u - zero.
+value of the definition, correctly rounded to float32. hqq has the same values in float32 wherever u - zero is exact
+there. Tried for all zeros and codes: in float16 it is for zeros of 2^-10 and more with codes of 4 bits, 2^-6 with 8; in
+bfloat16 for zeros below 2^24 of 2^-13 and more with 4 bits, 2^-9 with 8. In 16 bits hqq rounds u - zero, then the
+product, where here the float32 value is rounded: they may differ by a rounding of u - zero.
 
 With float32 scales and zeros that are no codes, the products are rounded. Such a weight is read if for each of the 2^b
 codes of each group u scale + offset has the bits that hqq gives in float32, which is rare; else it is refused.
