@@ -14,7 +14,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +50,7 @@ class Converted:
     quantized: int
     bytes_before: int
     bytes_after: int
-    left: Sequence[str] = ()
+    left: tuple[str, ...] = ()
 
 
 def convert(source: Path, target: Path, max_shard_bytes: int = SHARD_BYTES, progress: bool = True) -> Converted:
@@ -102,7 +102,7 @@ def _folder(source: pathlib.Path, target: pathlib.Path, max_shard_bytes: int, pr
             shutil.copyfile(path, copy)
         after = sum((folder / name).stat().st_size for name in headers)
     before = sum(path.stat().st_size for path in checkpoint.files)
-    return Converted(len(checkpoint.names), len(checkpoint.quantized), before, after, left)
+    return Converted(len(checkpoint.names), len(checkpoint.quantized), before, after, tuple(left))
 
 
 def _nothing_quantized(source: pathlib.Path) -> ValueError:
@@ -172,7 +172,7 @@ def _write_shards(
     while (item := next(stream, None)) is not None:
         name, tensor = item
         more = 0 if any(tensor is other for other in shard.values()) else tensor.nbytes  # an alias is not stored again
-        if shard and size + more > max_shard_bytes:
+        if shard and more and size + more > max_shard_bytes:
             write()
             size = 0
         shard[name] = tensor

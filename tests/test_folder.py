@@ -246,7 +246,9 @@ def _most_alive(stream: Any) -> tuple[int, int]:
     while (item := next(stream, None)) is not None:
         count += 1
         alive.add(count)
-        weakref.finalize(item[1], alive.discard, count)
+        memory = item[1].packed if isinstance(item[1], QTensor) else item[1]
+        weakref.finalize(memory, alive.discard, count)
+        del memory
         most = max(most, len(alive))
         del item
     return count, most
@@ -270,8 +272,8 @@ def test_one_decoded_weight_at_a_time(tmp_path: pathlib.Path, monkeypatch: pytes
     def counted(*args: Any, **kwargs: Any) -> QTensor:
         seen.append(len(alive))
         q = made(*args, **kwargs)
-        alive.add(id(q))
-        weakref.finalize(q, alive.discard, id(q))
+        alive.add(id(q.packed))
+        weakref.finalize(q.packed, alive.discard, id(q.packed))
         return q
 
     monkeypatch.setattr(fake_format, "weight", counted)

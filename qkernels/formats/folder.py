@@ -15,7 +15,7 @@ import functools
 import importlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ READERS = {
     "torchao": "qkernels.formats.torchao",
 }
 _OPEN_FILES = 4  # at once
+AnyTensor = TypeVar("AnyTensor", Tensor, QTensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +120,9 @@ class Checkpoint:
                 continue
             for name, module in self._given[shard.path].items():
                 if module is None:
-                    yield name, _read(opened, shard.path, name).to(device)
+                    yield name, _on(device, _read(opened, shard.path, name))
                 else:
-                    yield name, self._decoded(opened, shard.path, module).to(device)
+                    yield name, _on(device, self._decoded(opened, shard.path, module))
 
     def _make_reader(self) -> Reader | None:
         """That of the format; None where there is nothing that is not plain or native."""
@@ -193,6 +194,11 @@ class Checkpoint:
             return self._reader.decode(module.name, parts)
         except (ValueError, TypeError, RuntimeError) as error:
             raise FormatError(f"{path}: {_join(module.name, 'weight')}: {error}") from None
+
+
+def _on(device: torch.device, tensor: AnyTensor) -> AnyTensor:
+    """On a device; QTensor.to would check again even what stays where it is."""
+    return tensor if tensor.device == device else tensor.to(device)
 
 
 def _join(module: str, part: str) -> str:
