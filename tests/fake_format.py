@@ -35,7 +35,7 @@ def reader(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Reader:
         value_map = "symmetric" if zero is None else "affine"
         return weight(code, scale.T, zero, bits=bits, group_size=GROUP, value_map=value_map)
 
-    return Reader("codes", ("steps", "zeros"), decode)
+    return Reader("codes", ("steps", "zeros"), decode, metadata.get("suffix", ""))
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from qkernels.formats.folder import READERS, Checkpoint
 from tests import fake_format
 from tests.fake_format import CONFIG
 
+A = fake_format.tensors()
 NORM = {"norm.weight": torch.arange(5.0), "a.bias": torch.ones(6)}
 
 
@@ -66,6 +67,15 @@ def test_parts_of_a_weight_lie_in_other_files(tmp_path: pathlib.Path) -> None:
     fake_format.write(tmp_path, files)
     _check(formats.read(tmp_path), stored)
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "gptq.safetensors.index.json")
+    _check(formats.read(tmp_path), stored)
+
+
+def test_the_whole_file_goes_before_an_index(tmp_path: pathlib.Path) -> None:
+    """As it does for transformers; what else lies there is not asked for."""
+    stored = {**A, **NORM}
+    index = {"weight_map": dict.fromkeys(stored, "gone.safetensors")}
+    fake_format.write(tmp_path, {"model.safetensors": stored}, index=index)
+    safetensors.torch.save_file(stored, tmp_path / "consolidated.safetensors")
     _check(formats.read(tmp_path), stored)
 
 
@@ -138,6 +148,17 @@ def test_metadata_of_all_files_goes_to_the_reader(tmp_path: pathlib.Path) -> Non
         formats.read(tmp_path)
 
 
+def test_names_that_a_format_makes_longer(tmp_path: pathlib.Path) -> None:
+    stored = {**A, **{f"{name}:_data": t for name, t in NORM.items()}, "x": torch.ones(1)}
+    folder = fake_format.write(tmp_path, {"model.safetensors": stored}, metadata={"suffix": ":_data"})
+    _check(formats.read(folder), {**A, **NORM, "x": torch.ones(1)})
+    fake_format.write(
+        folder, {"model.safetensors": {**stored, "x:_data": torch.ones(1)}}, metadata={"suffix": ":_data"}
+    )
+    with pytest.raises(FormatError, match="'x' would be given twice"):
+        formats.read(folder)
+
+
 # ---- native files ----
 
 
@@ -185,7 +206,8 @@ def test_native_files_in_a_folder(tmp_path: pathlib.Path) -> None:
 
 def test_a_native_file_does_not_ask_what_lies_beside_it(tmp_path: pathlib.Path) -> None:
     _native(tmp_path)
-    (tmp_path / "config.json").write_text("[")
+    for name in ("config.json", "quantize_config.json"):
+        (tmp_path / name).write_text("[")
     assert formats.read(tmp_path / "model-1.safetensors").keys() == {"b.weight", "tied"}
     with pytest.raises(FormatError, match=r"config\.json: not JSON"):
         formats.read(tmp_path)
@@ -305,7 +327,6 @@ def test_files_are_opened_when_they_are_needed(tmp_path: pathlib.Path) -> None:
 
 # ---- hostile folders ----
 
-A = fake_format.tensors()
 MAP = dict.fromkeys(A, "x.safetensors")
 HOSTILE_INDEXES: dict[str, tuple[Any, str]] = {
     "not JSON": ("{", "index.json: not JSON"),
@@ -402,6 +423,16 @@ def test_tensors_that_do_not_fit_together(
 ) -> None:
     with pytest.raises(FormatError, match=re.escape(message)):
         formats.read(fake_format.write(tmp_path, files))
+
+
+def test_a_tensor_that_two_modules_would_have(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nested(config: Any, metadata: Any) -> reader.Reader:
+        return reader.Reader("codes", ("steps", "zeros", "b.codes"), lambda module, parts: pytest.fail("decoded"))
+
+    monkeypatch.setattr(fake_format, "reader", nested)
+    stored = {**A, **fake_format.tensors("a.b")}
+    with pytest.raises(FormatError, match=r"'a\.b\.codes' belongs to two modules"):
+        formats.read(fake_format.write(tmp_path, {"model.safetensors": stored}))
 
 
 def test_an_error_of_torch_names_the_tensor(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,11 @@ class Checkpoint:
         self.files: Sequence[pathlib.Path] = tuple(shards)
         self._shards = [_open_shard(path, named) for path, named in shards.items()]
         self.config: dict[str, Any] = {}
+        self.quantization: dict[str, Any] | None = None
+        self._said_by = self.folder
         if not alone or self._shards[0].header is None:
             self.config = layout.read_config(self.folder)
-        self._said_by, self.quantization = layout.quantization_of(self.folder, self.config)
+            self._said_by, self.quantization = layout.quantization_of(self.folder, self.config)
         self._places: dict[str, pathlib.Path] = {}
         for shard in self._shards:
             for name in shard.stored:
@@ -94,7 +96,7 @@ class Checkpoint:
         self._given = self._plan()
         self.names: Sequence[str] = tuple(name for given in self._given.values() for name in given)
         self.quantized = frozenset(
-            name for given in self._given.values() for name, module in given.items() if module is not None
+            name for given in self._given.values() for name, what in given.items() if isinstance(what, _Module)
         )
         if not alone and self._reader is not None and self.quantization is not None:
             self._check_all_are_there(self.quantization)
@@ -118,11 +120,11 @@ class Checkpoint:
             if shard.header is not None:
                 yield from native.stream(shard.path, device)
                 continue
-            for name, module in self._given[shard.path].items():
-                if module is None:
-                    yield name, _on(device, _read(opened, shard.path, name))
+            for name, what in self._given[shard.path].items():
+                if isinstance(what, str):
+                    yield name, _on(device, _read(opened, shard.path, what))
                 else:
-                    yield name, _on(device, self._decoded(opened, shard.path, module))
+                    yield name, _on(device, self._decoded(opened, shard.path, what))
 
     def _make_reader(self) -> Reader | None:
         """That of the format; None where there is nothing that is not plain or native."""
@@ -145,28 +147,27 @@ class Checkpoint:
             raise FormatError(f"{self._said_by}: {error}") from None
         return reader
 
-    def _plan(self) -> dict[pathlib.Path, dict[str, _Module | None]]:
-        """{file: {name that is given: the module whose weight it is, or None}}; a native file's only have names."""
+    def _plan(self) -> dict[pathlib.Path, dict[str, _Module | str]]:
+        """{file: {name that is given: the module whose weight it is, or the name of the tensor in the file}}."""
         modules = {} if self._reader is None else self._modules(self._reader)
         parts = {part for module in modules.values() for part in module.parts.values()}
-        plan: dict[pathlib.Path, dict[str, _Module | None]] = {}
-        taken: dict[str, pathlib.Path] = {}
+        suffix = "" if self._reader is None else self._reader.suffix
+        plan: dict[pathlib.Path, dict[str, _Module | str]] = {}
+        taken: set[str] = set()
         for shard in self._shards:
-            given: list[tuple[str, _Module | None]] = []
+            given: list[tuple[str, _Module | str]] = []
             if shard.header is not None:
-                for name, others in shard.header.given.items():
-                    weight = _Module(name, {}) if name in shard.header.weights else None
-                    given += [(each, weight) for each in [name, *others]]
+                given += _native_names(shard.header)
             else:
                 for name in sorted(shard.stored):
                     if name in modules:
                         given.append((_join(modules[name].name, "weight"), modules[name]))
                     elif name not in parts:
-                        given.append((name, None))
+                        given.append((name.removesuffix(suffix), name))
             for name, _ in given:
                 if name in taken:
                     raise FormatError(f"{shard.path}: {name!r:.100} would be given twice, quantized or plain")
-                taken[name] = shard.path
+                taken.add(name)
             plan[shard.path] = dict(given)
         return plan
 
@@ -194,6 +195,13 @@ class Checkpoint:
             return self._reader.decode(module.name, parts)
         except (ValueError, TypeError, RuntimeError) as error:
             raise FormatError(f"{path}: {_join(module.name, 'weight')}: {error}") from None
+
+
+def _native_names(header: native.Header) -> Iterator[tuple[str, _Module | str]]:
+    """What a native file gives; it is read by itself, so that parts are not asked for."""
+    for name, others in header.given.items():
+        for each in (name, *others):
+            yield each, _Module(each, {}) if name in header.weights else each
 
 
 def _on(device: torch.device, tensor: AnyTensor) -> AnyTensor:

@@ -24,11 +24,13 @@ class Reader:
         parts: other parts that it may have; those of other names (a bias) are left alone.
         decode: (module's name, {part: tensor}) -> the weight. Raises ValueError or TypeError, naming the part, where
             tensors do not agree with each other or with the configuration.
+        suffix: what is added, in the files, to the names of tensors that are not quantized; "" mostly.
     """
 
     marker: str
     parts: tuple[str, ...]
     decode: Callable[[str, Mapping[str, Tensor]], QTensor]
+    suffix: str = ""
 
 
 # configuration (what config.json calls quantization_config), metadata of the safetensors files -> the reader.
