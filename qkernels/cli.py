@@ -1,4 +1,4 @@
-"""The command line: demo, quantize, inspect, report, tune."""
+"""The command line: demo, quantize, convert, inspect, report, tune."""
 
 from __future__ import annotations
 
@@ -75,10 +75,24 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     quantize.set_defaults(run=_quantize)
 
-    inspect = commands.add_parser(
-        "inspect", help="list what a file holds that qkernels wrote, or a GGUF file, and check it"
+    convert = commands.add_parser(
+        "convert",
+        help="make files of quantized weights of other packages our own, with the same values",
+        description="Write what another package quantized, or a GGUF file, as what qkernels writes. Nothing is "
+        "quantized again. A folder in Hugging Face's layout becomes a folder, a file a file.",
     )
-    inspect.add_argument("file", type=pathlib.Path)
+    convert.add_argument("input", type=pathlib.Path, help="a folder, or a safetensors or GGUF file")
+    convert.add_argument("output", type=pathlib.Path, help="the folder or file to write; a folder must be new or empty")
+    convert.add_argument(
+        "--max-shard-size", type=byte_count, default="2GB", metavar="SIZE",
+        help="of tensors in a file of a folder, such as 500MB; so much memory is used (default 2GB)",
+    )  # fmt: skip
+    convert.set_defaults(run=_convert)
+
+    inspect = commands.add_parser(
+        "inspect", help="list what a file or folder of quantized weights holds, also GGUF, and check it"
+    )
+    inspect.add_argument("file", type=pathlib.Path, metavar="PATH")
     inspect.set_defaults(run=_inspect)
 
     report = commands.add_parser(
@@ -131,6 +145,15 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def byte_count(text: str) -> int:
+    """An argument type, such as 500MB; argparse shows its name."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kKMGT]?)B?", text)
+    count = 0 if match is None else int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be bytes, such as 2GB or 500MB, got {text!r}")
+    return count
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -203,22 +226,33 @@ def _quantize(options: argparse.Namespace) -> None:
     )
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from qkernels import tables
+    from qkernels.convert import convert
+
+    done = convert(options.input, options.output, options.max_shard_size)
+    sizes = f"{tables.size(done.bytes_before)} -> {tables.size(done.bytes_after)}"
+    left = f"; not copied: {', '.join(done.left)}" if done.left else ""
+    print(f"{done.tensors} tensors, {done.quantized} of them quantized: {sizes}{left}")
+
+
 def _inspect(options: argparse.Namespace) -> None:
     from qkernels import formats, tables
     from qkernels.tensor import QTensor
 
-    rows = []
-    tensors = formats.read(options.file)
-    for name, tensor in tensors.items():
+    rows: list[tuple[str, ...]] = []
+    total = 0
+    for name, tensor in formats.stream(options.file):
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         if isinstance(tensor, QTensor):
             rows.append((name, str(tensor.scheme), shape, tables.size(tensor.nbytes), f"{tensor.bits_per_weight:.2f}"))
         else:
             dtype = str(tensor.dtype).removeprefix("torch.")
             rows.append((name, dtype, shape, tables.size(tensor.nbytes), f"{8 * tensor.element_size():.2f}"))
-    total = sum(t.nbytes for t in tensors.values())
+        total += tensor.nbytes
+        del tensor  # before the next is read
     columns = ("tensor", "scheme or dtype", "shape", "size", "bits/weight")
-    title = f"{options.file}: {len(tensors)} tensors, {tables.size(total)}, every field checked"
+    title = f"{options.file}: {len(rows)} tensors, {tables.size(total)}, every field checked"
     print(tables.text(title, columns, rows, text_columns=2))
 
 

@@ -41,6 +41,7 @@ FLOORS = {
     "qkernels.planning": 6,
     "qkernels.model": 6,
     "qkernels.checkpoint": 6,
+    "qkernels.convert": 6,
     "qkernels.plots": 7,
     "qkernels.tune": 7,
     "qkernels.demo": 7,

@@ -129,7 +129,6 @@ def test_skip_patterns_are_yours_to_choose(model_file: pathlib.Path, tmp_path: p
         (["quantize", "IN", "OUT", "--scheme", "w4g32", "--skip", "layers*"], "--skip layers* fits no tensor"),
         (["inspect", "MISSING"], "No such file or directory"),
         (["inspect", "TEXT"], "not a whole safetensors file"),
-        (["inspect", "IN"], "not a qkernels file"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(

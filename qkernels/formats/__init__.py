@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,21 +15,30 @@ if TYPE_CHECKING:
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | QTensor]:
-    """Every tensor in a file, quantized weights as QTensors: what qkernels wrote, or GGUF, told by its first bytes.
+    """Every tensor of a checkpoint, quantized weights as QTensors: see `stream`, which holds one at a time."""
+    return dict(stream(path, device))
+
+
+def stream(path: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor | QTensor]]:
+    """Every tensor of a checkpoint with its name, one at a time, quantized weights as QTensors.
 
     Nothing is quantized again: values are the format's own, bit for bit.
 
     Args:
-        path: of the file.
+        path: of a file, what qkernels wrote, GGUF, or safetensors of another package with its config.json beside it; or
+            of a folder in Hugging Face's layout. See formats/folder.py.
         device: for the tensors.
 
     Raises:
-        FormatError: the file is damaged, hostile, of another format, or holds what is not read; the message names it.
+        FormatError: a file is damaged, hostile, of another format, or holds what is not read; the message names it.
         ImportError: it is a GGUF file, and the package gguf is not installed.
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
     """
-    from qkernels.formats import gguf, native
+    from qkernels.formats import folder, gguf
 
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    return gguf.read(path, device) if magic == gguf.MAGIC else native.read(path, device)
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic == gguf.MAGIC:
+            return gguf.stream(path, device)
+    return folder.Checkpoint(path).tensors(device)

@@ -22,7 +22,7 @@ Source    the GGUF specification and its tables of block layouts, as the package
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,20 +47,27 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
         ImportError: the package gguf is not installed.
         OSError: the file cannot be read.
     """
+    return dict(stream(path, device))
+
+
+def stream(path: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor | QTensor]]:
+    """What `read` gives, one tensor at a time."""
     device = torch.device(device)
-    tensors: dict[str, Tensor | QTensor] = {}
+    seen: set[str] = set()
     reader = _open(path)
     if (total := sum(int(info.n_bytes) for info in reader.tensors)) > (size := os.path.getsize(path)):
         raise FormatError(f"{path}: its tensors overlap: they take {total} bytes, and the file has {size}")
     for info in reader.tensors:
         name, kind = str(info.name), info.tensor_type.name
-        if name in tensors:
+        if name in seen:
             raise FormatError(f"{path}: there are two tensors called {name!r}")
+        seen.add(name)
         try:
-            tensors[name] = _tensor(info, kind).to(device)
+            tensor = _tensor(info, kind).to(device)
         except (ValueError, TypeError, RuntimeError) as error:
             raise FormatError(f"{path}: {name} ({kind}): {error}") from None
-    return tensors
+        yield name, tensor
+        del tensor  # before the next is there
 
 
 def _open(path: Path) -> Any:

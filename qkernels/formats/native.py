@@ -15,11 +15,12 @@ Aliases are tensors that share memory, such as an output layer tied to the embed
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from qkernels.checks import LARGEST_IN_FEATURES
 from qkernels.files import replacing
+from qkernels.formats import reader as readers
 from qkernels.packing import packed_words
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
@@ -74,7 +76,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
         for suffix, part in parts.items():
             stored[name + suffix] = _own_memory(part, taken)
         if isinstance(tensor, QTensor):
-            weights[name] = Entry.of(tensor).json()
+            weights[name] = Entry.of(tensor).as_json()
 
     metadata = {
         "format": "pt",
@@ -123,75 +125,52 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
         FormatError: the file is not a native file, is damaged, or a tensor in it does not agree with its scheme.
         OSError: the file cannot be read.
     """
+    return dict(stream(path, device))
+
+
+def stream(path: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor | QTensor]]:
+    """What `read` gives, one tensor at a time; an alias, the same object, comes right after its tensor.
+
+    Everything is checked before the first is given: a file is refused as a whole.
+    """
+    torch.device(device)  # RuntimeError for what is none
+    with _opened(path, "cpu") as file:  # which maps the file: codes are not read to check what belongs to them
+        said = _read_header(path, file.metadata(), set(file.keys()))
+        for name, entry in said.weights.items():
+            _read_weight(path, file, name, entry)
+    with _opened(path, str(device)) as file:
+        for name, others in said.given.items():
+            tensor = (
+                _read_weight(path, file, name, said.weights[name]) if name in said.weights else file.get_tensor(name)
+            )
+            yield name, tensor
+            for other in others:
+                yield other, tensor
+            del tensor  # before the next is there
+
+
+@contextlib.contextmanager
+def _opened(path: Path, device: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    torch.device(device)  # RuntimeError for what is none
     with open(path, "rb"):  # OSError rather than a message of safetensors'
         pass
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            names = set(file.keys())
-            weights, aliases = _read_header(path, file.metadata(), names)
-            tensors: dict[str, Tensor | QTensor] = {}
-            for name, entry in weights.items():
-                tensors[name] = _read_weight(path, file, name, entry)
-                names -= entry.parts(name)
-            for name in sorted(names):
-                tensors[name] = file.get_tensor(name)
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
     except SafetensorError as error:
         raise FormatError(f"{path}: not a whole safetensors file: {error}") from None
-    for name, target in aliases.items():
-        tensors[name] = tensors[target]
-    return tensors
 
 
-def _read_header(
-    path: Path, metadata: dict[str, str] | None, names: set[str]
-) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Schemes and shapes of the quantized weights, and aliases, each checked against the tensors that are there."""
-    if not metadata or "qkernels" not in metadata:
-        raise FormatError(f"{path}: not a qkernels file: its metadata has no 'qkernels' entry")
-    if metadata.get("qkernels_version") != VERSION:
-        found = metadata.get("qkernels_version")
-        raise FormatError(f"{path}: qkernels_version must be {VERSION!r}, got {found!r}")
-    try:
-        header = json.loads(metadata["qkernels"])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: metadata 'qkernels' is not JSON: {error}") from None
-    if not isinstance(header, dict) or set(header) != {"weights", "aliases"}:
-        raise FormatError(f"{path}: metadata 'qkernels' must hold 'weights' and 'aliases'")
-    if not isinstance(header["weights"], dict) or not isinstance(header["aliases"], dict):
-        raise FormatError(f"{path}: 'weights' and 'aliases' must be objects")
-
-    weights: dict[str, Entry] = {}
-    claimed: set[str] = set()
-    for name, value in header["weights"].items():
-        entry = read_entry(path, name, value)
-        parts = entry.parts(name)
-        if missing := parts - names:
-            raise FormatError(f"{path}: {name}: the file has no tensor {min(missing)!r}")
-        if entry.scheme.zero_dtype is None and f"{name}_zero" in names:
-            raise FormatError(f"{path}: {name}: a {entry.scheme} weight has no zeros, but the file has {name}_zero")
-        if shared := parts & claimed:
-            raise FormatError(f"{path}: {min(shared)} belongs to two weights")
-        claimed |= parts
-        weights[name] = entry
-    for name, target in header["aliases"].items():
-        known = isinstance(target, str) and (target in weights or target in names - claimed)
-        if name in names or not known:
-            raise FormatError(f"{path}: alias {name!r} must be a new name for a tensor in the file, got {target!r}")
-    return weights, header["aliases"]
+def header(path: Path) -> Header:
+    """What a native file says of itself; raises FormatError and OSError like `read`, but reads no tensor."""
+    with _opened(path, "cpu") as file:
+        return _read_header(path, file.metadata(), set(file.keys()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What metadata, and configurations of models, say of a quantized weight.
-
-    Attributes:
-        scheme: of its codes.
-        shape: (N, K).
-        ordered: whether its columns have an order of their own.
-    """
+    """What the metadata says of a weight."""
 
     scheme: Scheme
     shape: tuple[int, int]
@@ -199,18 +178,14 @@ class Entry:
 
     @staticmethod
     def of(weight: QTensor) -> Entry:
-        """The entry of a weight."""
-        return Entry(weight.scheme, (weight.shape[0], weight.shape[1]), weight.order is not None)
+        """That of a weight."""
+        rows, in_features = weight.shape
+        return Entry(weight.scheme, (rows, in_features), weight.order is not None)
 
-    def json(self) -> dict[str, Any]:
-        """What is stored."""
-        ordered = {"ordered": True} if self.ordered else {}
-        return {"scheme": str(self.scheme), "shape": list(self.shape), **ordered}
-
-    def parts(self, name: str) -> set[str]:
-        """Names of the tensors that are the weight called `name`."""
-        zero = {f"{name}_zero"} if self.scheme.zero_dtype is not None else set()
-        return {name, f"{name}_scale", *zero} | ({f"{name}_order"} if self.ordered else set())
+    def as_json(self) -> dict[str, Any]:
+        """As it is written."""
+        written: dict[str, Any] = {"scheme": str(self.scheme), "shape": list(self.shape)}
+        return {**written, "ordered": True} if self.ordered else written
 
     def on_meta(self) -> QTensor:
         """A weight of these shapes and dtypes without values."""
@@ -226,51 +201,138 @@ class Entry:
                 torch.empty(in_features, dtype=torch.int32) if self.ordered else None,
             )
 
+    def parts(self, name: str) -> set[str]:
+        """Names of the tensors that are the weight."""
+        zero = {f"{name}_zero"} if self.scheme.zero_dtype is not None else set()
+        return {name, f"{name}_scale", *zero} | ({f"{name}_order"} if self.ordered else set())
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a native file says that it holds.
+
+    Attributes:
+        stored: names of the tensors in the file.
+        weights: the quantized ones among what it gives.
+        aliases: {another name: the name of what is given}.
+    """
+
+    stored: frozenset[str]
+    weights: Mapping[str, Entry]
+    aliases: Mapping[str, str]
+
+    @property
+    def given(self) -> dict[str, list[str]]:
+        """{name: its aliases} of everything that the file gives, in that order."""
+        parts = {part for name, entry in self.weights.items() for part in entry.parts(name)}
+        given: dict[str, list[str]] = {name: [] for name in [*self.weights, *sorted(self.stored - parts)]}
+        for alias, name in self.aliases.items():
+            given[name].append(alias)
+        return given
+
 
 def quantization_config(weights: Mapping[str, Entry]) -> dict[str, Any]:
-    """What a model's config.json says of weights stored as above: {name of each: its entry}."""
-    entries = {name: entry.json() for name, entry in weights.items()}
+    """What config.json of a folder of native files holds as quantization_config: the entries of all files."""
+    entries = {name: entry.as_json() for name, entry in weights.items()}
     return {"quant_method": "qkernels", "version": VERSION, "weights": entries}
 
 
-def read_entry(path: object, name: str, entry: Any) -> Entry:
-    """An entry, if that is what it is; else FormatError, which begins with the path."""
+def reader(config: Mapping[str, Any], metadata: Mapping[str, str]) -> readers.Reader:
+    """Reads the same tensors from a file without this metadata, where quantization_config has the entries instead."""
+    readers.field(config, "version", (VERSION,))
+    entries = config.get("weights")
+    if not isinstance(entries, dict):
+        raise ValueError(f"quantization_config's weights must be an object, got {type(entries).__name__}")
+    weights = {name: parse_entry(name, entry) for name, entry in entries.items()}
+
+    def decode(module: str, parts: Mapping[str, Tensor]) -> QTensor:
+        name = f"{module}.weight" if module else "weight"
+        if name not in weights:
+            raise ValueError("quantization_config's weights do not have it")
+        suffixes = {key.removeprefix(name) for key in weights[name].parts(name)}
+        if found := parts.keys() - {f"weight{suffix}" for suffix in suffixes}:
+            raise ValueError(f"a {weights[name].scheme} weight has no {min(found)}")
+        return _weight(name, {suffix: readers.part(parts, f"weight{suffix}") for suffix in suffixes}, weights[name])
+
+    return readers.Reader("weight_scale", ("weight", "weight_zero", "weight_order"), decode)
+
+
+def _read_header(path: Path, metadata: dict[str, str] | None, names: set[str]) -> Header:
+    """Schemes and shapes of the quantized weights, and aliases, each checked against the tensors that are there."""
+    if not metadata or "qkernels" not in metadata:
+        raise FormatError(f"{path}: not a qkernels file: its metadata has no 'qkernels' entry")
+    if metadata.get("qkernels_version") != VERSION:
+        found = metadata.get("qkernels_version")
+        raise FormatError(f"{path}: qkernels_version must be {VERSION!r}, got {found!r}")
+    try:
+        said = json.loads(metadata["qkernels"])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: metadata 'qkernels' is not JSON: {error}") from None
+    if not isinstance(said, dict) or set(said) != {"weights", "aliases"}:
+        raise FormatError(f"{path}: metadata 'qkernels' must hold 'weights' and 'aliases'")
+    if not isinstance(said["weights"], dict) or not isinstance(said["aliases"], dict):
+        raise FormatError(f"{path}: 'weights' and 'aliases' must be objects")
+
+    weights: dict[str, Entry] = {}
+    claimed: set[str] = set()
+    for name, value in said["weights"].items():
+        try:
+            entry = parse_entry(name, value)
+        except ValueError as error:
+            raise FormatError(f"{path}: {error}") from None
+        parts = entry.parts(name)
+        if missing := parts - names:
+            raise FormatError(f"{path}: {name}: the file has no tensor {min(missing)!r}")
+        if entry.scheme.zero_dtype is None and f"{name}_zero" in names:
+            raise FormatError(f"{path}: {name}: a {entry.scheme} weight has no zeros, but the file has {name}_zero")
+        if shared := parts & claimed:
+            raise FormatError(f"{path}: {min(shared)} belongs to two weights")
+        claimed |= parts
+        weights[name] = entry
+    for name, target in said["aliases"].items():
+        known = isinstance(target, str) and (target in weights or target in names - claimed)
+        if name in names or not known:
+            raise FormatError(f"{path}: alias {name!r} must be a new name for a tensor in the file, got {target!r}")
+    return Header(frozenset(names), weights, said["aliases"])
+
+
+def parse_entry(name: str, entry: Any) -> Entry:
+    """An entry of a weight, if it is one; else ValueError, which begins with the name."""
     if not isinstance(entry, dict) or set(entry) - {"ordered"} != {"scheme", "shape"}:
-        raise FormatError(f"{path}: {name}: metadata must hold 'scheme' and 'shape', got {entry!r:.100}")
+        raise ValueError(f"{name}: metadata must hold 'scheme' and 'shape', got {entry!r:.100}")
     try:
         scheme = Scheme.parse(entry["scheme"])
     except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: {name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     shape = entry["shape"]
     if (
         not isinstance(shape, list)
         or len(shape) != 2
         or not all(type(size) is int and 0 <= size <= LARGEST_IN_FEATURES for size in shape)
     ):
-        raise FormatError(
-            f"{path}: {name}: shape must be two sizes from 0 to {LARGEST_IN_FEATURES}, got {shape!r:.100}"
-        )
+        raise ValueError(f"{name}: shape must be two sizes from 0 to {LARGEST_IN_FEATURES}, got {shape!r:.100}")
     ordered = entry.get("ordered", False)
     if not isinstance(ordered, bool):
-        raise FormatError(f"{path}: {name}: 'ordered' must be true or false, got {ordered!r:.100}")
+        raise ValueError(f"{name}: 'ordered' must be true or false, got {ordered!r:.100}")
     return Entry(scheme, (shape[0], shape[1]), ordered)
 
 
 def _read_weight(path: Path, file: Any, name: str, entry: Entry) -> QTensor:
-    scheme, shape = entry.scheme, entry.shape
-    packed, scale = file.get_tensor(name), file.get_tensor(f"{name}_scale")
-    zero = None if scheme.zero_dtype is None else file.get_tensor(f"{name}_zero")
-    order = file.get_tensor(f"{name}_order") if entry.ordered else None
     try:
-        weight = QTensor(packed, scale, zero, scheme, shape[1], order)
+        return _weight(name, {key.removeprefix(name): file.get_tensor(key) for key in entry.parts(name)}, entry)
     except (TypeError, ValueError) as error:
         raise FormatError(f"{path}: {name}: {error}") from None
-    if weight.shape != shape:
-        raise FormatError(f"{path}: {name}: metadata says {shape[0]} rows, the packed tensor has {weight.shape[0]}")
-    if not torch.isfinite(scale).all():
-        raise FormatError(f"{path}: {name}_scale holds NaN or infinity")
-    if zero is None or not zero.numel():
-        return weight
-    if not torch.isfinite(zero).all():
-        raise FormatError(f"{path}: {name}_zero holds NaN or infinity")
+
+
+def _weight(name: str, parts: Mapping[str, Tensor], entry: Entry) -> QTensor:
+    """The weight whose tensors are called NAME + suffix."""
+    packed, scale, zero, order = (parts.get(suffix) for suffix in SUFFIXES)
+    assert packed is not None
+    assert scale is not None
+    weight = QTensor(packed, scale, zero, entry.scheme, entry.shape[1], order)
+    if weight.shape != entry.shape:
+        raise ValueError(f"metadata says {entry.shape[0]} rows, the packed tensor has {weight.shape[0]}")
+    for what, values in (("scale", scale), ("zero", zero)):
+        if values is not None and not torch.isfinite(values).all():
+            raise ValueError(f"{name}_{what} holds NaN or infinity")
     return weight

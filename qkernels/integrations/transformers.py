@@ -21,7 +21,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qkernels.formats.native import VERSION, Entry, FormatError, quantization_config, read_entry
+from qkernels.formats.native import VERSION, Entry, FormatError, parse_entry, quantization_config
 from qkernels.model import check_method, method_for, quantize_extras, quantize_model
 from qkernels.nn import PARTS, QuantModule
 from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
@@ -85,7 +85,7 @@ class QKernelsConfig(QuantizationConfigMixin):
             raise FormatError(f"quantization_config's weights must be an object, got {type(weights).__name__}")
         self.weights = None
         if weights is not None:
-            self.weights = {name: read_entry("quantization_config", name, entry) for name, entry in weights.items()}
+            self.weights = {name: parse_entry(name, entry) for name, entry in weights.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: of a quantized model its weights, else the schemes asked for."""
