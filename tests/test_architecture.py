@@ -41,6 +41,7 @@ FLOORS = {
     "qkernels.plots": 7,
     "qkernels.tune": 7,
     "qkernels.demo": 7,
+    "qkernels.integrations": 7,
     "qkernels.reporting": 7,
     "qkernels.cli": 7,
     "qkernels": 8,  # __init__ hands out what users need

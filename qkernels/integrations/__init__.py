@@ -1,0 +1,1 @@
+"""Other packages: their models with our weights."""
