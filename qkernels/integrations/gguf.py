@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.checks import DTYPES
 from qkernels.formats import gguf
 from qkernels.formats.native import FormatError, Path
 from qkernels.tensor import QTensor
 
 # GGUF name, tensor, where results go under the model's names (a model may lack the tensor: then none does).
 _Convert = Callable[[str, Tensor, MutableMapping[str, Tensor]], None]
+_LAYERS = {"num_hidden_layers", "num_layers", "n_layer"}  # their number, in configurations
 
 
 def model_state(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor | QTensor]]:
@@ -45,11 +47,17 @@ def model_state(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, di
             not stay whole, or is of a type that is not read; or a parameter is missing or has another shape.
         ImportError: the package gguf or transformers is not installed.
         OSError: the file cannot be read.
+        TypeError: dtype is another than float16, bfloat16 and float32.
     """
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     reader = gguf.open_file(path)
-    architecture = _architecture(path, reader)
+    field = reader.fields.get("general.architecture")
+    architecture = field.contents() if field else None
+    if not isinstance(architecture, str):
+        raise FormatError(f"{path}: general.architecture must be a string, got {architecture!r:.100}")
     with _refusing(path, f"transformers makes no model of architecture {architecture!r}"):
-        config, convert, model = _recipe(path, architecture)
+        config, convert, model = _recipe(path, architecture, len(reader.tensors))
     state: dict[str, Tensor | QTensor] = {}
     plain: dict[str, Tensor] = {}
     for info in reader.tensors:
@@ -83,19 +91,6 @@ def skeleton(config: Any) -> torch.nn.Module:
         return kind(config)
 
 
-def _architecture(path: Path, reader: Any) -> str:
-    """What the file says that it holds, if it has tensors for as many blocks as it says."""
-    field = reader.fields.get("general.architecture")
-    architecture = field.contents() if field else None
-    if not isinstance(architecture, str):
-        raise FormatError(f"{path}: general.architecture must be a string, got {architecture!r:.100}")
-    field = reader.fields.get(f"{architecture}.block_count")
-    blocks = field.contents() if field else None
-    if type(blocks) is not int or not 0 <= blocks <= len(reader.tensors):
-        raise FormatError(f"{path}: {architecture}.block_count must be a number of blocks, got {blocks!r:.100}")
-    return architecture
-
-
 @contextlib.contextmanager
 def _refusing(path: Path, what: str) -> Iterator[None]:
     """Whatever transformers stumbles over, or we do, as one kind of error."""
@@ -107,7 +102,7 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
         raise FormatError(f"{path}: {what}: {type(error).__name__}: {error}") from error
 
 
-def _recipe(path: Path, architecture: str) -> tuple[Any, _Convert, torch.nn.Module]:
+def _recipe(path: Path, architecture: str, tensors: int) -> tuple[Any, _Convert, torch.nn.Module]:
     """(configuration, what is done to a tensor, model without memory), in transformers' newer way if it has one."""
     from transformers import CONFIG_MAPPING
     from transformers import modeling_gguf_pytorch_utils as processors
@@ -122,6 +117,9 @@ def _recipe(path: Path, architecture: str) -> tuple[Any, _Convert, torch.nn.Modu
         values = gguf_config_mapping.get_gguf_config(*reader.read_gguf_metadata(os.fspath(path)))
     else:
         values = processors.load_gguf_checkpoint(os.fspath(path), return_tensors=False)["config"]
+    for name in _LAYERS & values.keys():  # before a hostile number of them is made
+        if type(values[name]) is not int or not 0 <= values[name] <= tensors:
+            raise ValueError(f"{name} must be from 0 to {tensors}, the number of tensors, got {values[name]!r:.100}")
     config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
     model = skeleton(config)
     if newer:
@@ -249,10 +247,11 @@ def _check(path: Path, state: dict[str, Tensor | QTensor], model: torch.nn.Modul
     """Raise FormatError if a parameter is missing, or has another shape than the model's."""
     from transformers.pytorch_utils import Conv1D
 
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # {parameter: the one whose values it has}
+    there = {tied.get(name, name) for name in state}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in state:
-            if name not in tied and name not in tied.values():
+            if tied.get(name, name) not in there:
                 raise FormatError(f"{path}: there is no tensor for {name}")
             continue
         found, wanted = state[name], tuple(parameter.shape)
