@@ -20,8 +20,9 @@ from qkernels import FormatError, QTensor, cli, formats
 from qkernels.demo import fetch
 from qkernels.formats import gguf as gguf_module
 
-KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-HALVES = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q6_K": [208]}  # bytes where float16 numbers lie; elsewhere 0 and 2
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K")
+# Bytes where float16 numbers lie; elsewhere 0 and 2.
+HALVES = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q6_K": [208], "Q2_K": [80, 82], "Q3_K": [108]}
 
 
 def _blocks(kind: str, rows: int = 5, blocks: int = 3, seed: int = 0) -> Any:
@@ -98,9 +99,9 @@ def test_what_is_not_read_is_named(tmp_path: pathlib.Path) -> None:
     def reading(name: str, data: Any, kind: str) -> Any:
         return formats.read(_write(tmp_path / f"{name}.gguf", {name: (data, kind)}))
 
-    _, size = gguf.GGML_QUANT_SIZES[Kind.Q2_K]
-    with pytest.raises(FormatError, match=r"w \(Q2_K\): this type is not read; those that are: Q4_0, Q4_1"):
-        reading("w", np.zeros((2, size), dtype=np.uint8), "Q2_K")
+    _, size = gguf.GGML_QUANT_SIZES[Kind.IQ4_NL]
+    with pytest.raises(FormatError, match=r"w \(IQ4_NL\): this type is not read; those that are: Q4_0, Q4_1"):
+        reading("w", np.zeros((2, size), dtype=np.uint8), "IQ4_NL")
     with pytest.raises(FormatError, match=r"experts \(Q4_0\): a quantized tensor must be 2-D, got shape \(3, 5, 96\)"):
         reading("experts", np.stack([_blocks("Q4_0")] * 3), "Q4_0")
     for kind, start, what in (
@@ -108,6 +109,8 @@ def test_what_is_not_read_is_named(tmp_path: pathlib.Path) -> None:
         ("Q4_1", 2, "minimum"),
         ("Q4_K", 0, "scale"),
         ("Q6_K", 208, "scale"),
+        ("Q2_K", 82, "minimum"),
+        ("Q3_K", 108, "scale"),
     ):
         data = _blocks(kind)
         size = data.shape[1] // 3

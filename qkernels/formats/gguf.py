@@ -12,6 +12,8 @@ numbers of its parts:
     Q4_K   256     (d sc) u - (m mn)            w4g32f-fp32      d sc and -m mn, eight of each, exact in float32
     Q5_K   256     (d sc) u - (m mn)            w5g32f-fp32      likewise
     Q6_K   256     (d sc) (u - 32)              w6g16s-fp32      d sc, sixteen of them
+    Q2_K   256     (d sc) u - (m mn)            w2g16f-fp32      d sc and -m mn, sixteen of each
+    Q3_K   256     (d (sc - 32)) (u - 4)        w3g16s-fp32      d (sc - 32), sixteen of them
 
 Other types of quantized tensors are refused. Names and rows are those of the file: rows of llama's query and key
 weights stand in an order of its own there.
@@ -21,6 +23,7 @@ Source    the GGUF specification and its tables of block layouts, as the package
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -53,21 +56,36 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Q
 def stream(path: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor | QTensor]]:
     """What `read` gives, one tensor at a time."""
     device = torch.device(device)
-    seen: set[str] = set()
+    for info in open_file(path).tensors:
+        yield str(info.name), decode(path, info).to(device)
+
+
+def open_file(path: Path) -> Any:
+    """A gguf.GGUFReader, whose tensors are views of the file: they do not overlap, and their names differ.
+
+    Raises:
+        FormatError, ImportError, OSError: as read.
+    """
     reader = _open(path)
     if (total := sum(int(info.n_bytes) for info in reader.tensors)) > (size := os.path.getsize(path)):
         raise FormatError(f"{path}: its tensors overlap: they take {total} bytes, and the file has {size}")
-    for info in reader.tensors:
-        name, kind = str(info.name), info.tensor_type.name
-        if name in seen:
-            raise FormatError(f"{path}: there are two tensors called {name!r}")
-        seen.add(name)
-        try:
-            tensor = _tensor(info, kind).to(device)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise FormatError(f"{path}: {name} ({kind}): {error}") from None
-        yield name, tensor
-        del tensor  # before the next is there
+    names = [str(info.name) for info in reader.tensors]
+    if twice := next((name for name, count in collections.Counter(names).items() if count > 1), None):
+        raise FormatError(f"{path}: there are two tensors called {twice!r}")
+    return reader
+
+
+def decode(path: Path, info: Any) -> Tensor | QTensor:
+    """One of a reader's tensors, in memory of its own; (N, K), as in torch.
+
+    Raises:
+        FormatError: it is of a type that is not read, or holds what is no number.
+    """
+    kind = info.tensor_type.name
+    try:
+        return _tensor(info, kind)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise FormatError(f"{path}: {info.name} ({kind}): {error}") from None
 
 
 def _open(path: Path) -> Any:
@@ -188,6 +206,28 @@ def _q6_k(blocks: Tensor) -> Decoded:
     return code, (_half(blocks, 208).float()[..., None] * sc).flatten(1), None
 
 
+def _pairs(blocks: Tensor) -> Tensor:
+    """Codes (N, blocks, 256) of 64 bytes: of each run of 32 bytes the low two bits, then the next two, and so on."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    return ((blocks.unflatten(-1, (2, 1, 32)) >> shifts) & 3).flatten(-3)
+
+
+def _q2_k(blocks: Tensor) -> Decoded:
+    d, m = (_half(blocks, start).float()[..., None] for start in (80, 82))
+    sc, mn = blocks[..., :16] & 15, blocks[..., :16] >> 4
+    return _pairs(blocks[..., 16:80]), (d * sc).flatten(1), -(m * mn).flatten(1)
+
+
+def _q3_k(blocks: Tensor) -> Decoded:
+    # A third bit that is set adds 4 to codes that begin at -4. Bit i of 32 bytes is of weights 32 i to 32 i + 31.
+    high = ((blocks[..., None, :32] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1).flatten(-2)
+    # Sixteen scales of 6 bits: the low halves of 8 bytes, then their high ones; two more bits each in the last 4 bytes.
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    top = ((blocks[..., None, 104:108] >> shifts) & 3).flatten(-2)
+    sc = (_nibbles(blocks[..., 96:104], 8) | top << 4).to(torch.int8) - 32
+    return _pairs(blocks[..., 32:96]) | high << 2, (_half(blocks, 108).float()[..., None] * sc).flatten(1), None
+
+
 # type -> (scheme, bytes of a block, its weights, what reads it)
 _TYPES: Mapping[str, tuple[str, int, int, Callable[[Tensor], Decoded]]] = {
     "Q4_0": ("w4g32s", 18, 32, _4_bits(offsets=False)),
@@ -198,4 +238,6 @@ _TYPES: Mapping[str, tuple[str, int, int, Callable[[Tensor], Decoded]]] = {
     "Q4_K": ("w4g32f-fp32", 144, 256, _q4_k),
     "Q5_K": ("w5g32f-fp32", 176, 256, _q5_k),
     "Q6_K": ("w6g16s-fp32", 210, 256, _q6_k),
+    "Q2_K": ("w2g16f-fp32", 84, 256, _q2_k),
+    "Q3_K": ("w3g16s-fp32", 110, 256, _q3_k),
 }
