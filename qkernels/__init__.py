@@ -5,8 +5,9 @@ y = F.linear(x, q)                     # runs on the packed codes, CPU or GPU
 report = qkernels.quantize_model(model, "w4g128")
 """
 
-from qkernels.checkpoint import load, save
+from qkernels.checkpoint import save
 from qkernels.formats.native import FormatError
+from qkernels.loading import load
 from qkernels.merge import merge_siblings
 from qkernels.model import quantize_model
 from qkernels.nn import QuantEmbedding, QuantExperts, QuantLinear

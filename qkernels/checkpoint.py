@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels import formats
 from qkernels.formats import native
 from qkernels.formats.native import FormatError, Path
 from qkernels.merge import merge_siblings
@@ -40,28 +41,14 @@ def save(source: nn.Module | Mapping[str, Tensor | QTensor], path: Path) -> None
 
 
 def load(path: Path, model: nn.Module | None = None, device: torch.device | str = "cpu") -> Any:
-    """Read what `save` wrote.
-
-    Args:
-        path: of the file.
-        model: where to put it: the architecture that was saved, quantized or not, on any device, meta too. Its Linears
-            become QuantLinears where the file has quantized weights. Merged layers stay merged where the file's schemes
-            let them; files do not know about merging, and `merge_siblings` merges a model that was loaded.
-        device: for the tensors, where no model is given.
-    Returns:
-        The model if there is one, else {name: Tensor or QTensor}.
-    Raises:
-        FormatError: the file is damaged, hostile or of another format, or does not fit the model, which is unchanged.
-        ValueError, TypeError: the model has buffers on the meta device that no file holds, or is a linear layer.
-        OSError: the file cannot be read.
-    """
+    """The tensors of a checkpoint, or the model that they were put into: as qkernels.load says."""
     if model is not None and weight_shape(model) is not None:
         raise TypeError(
             "model is itself a linear layer or an embedding; QuantLinear(qkernels.load(path)['weight']) makes one"
         )
     if model is not None:
         _check_buffers(model)
-    tensors = native.read(path, device if model is None else "cpu")
+    tensors = formats.read(path, device if model is None else "cpu")
     if model is None:
         return tensors
     quantized = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QTensor)}

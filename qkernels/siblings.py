@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from qkernels import ops
 from qkernels.nn import QuantLinear, keep_dtypes
-from qkernels.tensor import QTensor
+from qkernels.tensor import QTensor, stacked_rows
 
 _PATIENCE = 3  # calls of the parent in a row that leave rows untaken
 
@@ -58,7 +58,6 @@ class MergedWeight(nn.Module):
     def __init__(self, layers: Sequence[QuantLinear], names: Sequence[str], forward: Callable[..., Any] | None):
         super().__init__()
         weights = [layer.qweight for layer in layers]
-        zeros = [weight.zero for weight in weights if weight.zero is not None]
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
         self.scheme, self.in_features = weights[0].scheme, weights[0].in_features
         self.names, self.forward_of_parent = tuple(names), forward
@@ -66,10 +65,11 @@ class MergedWeight(nn.Module):
         for weight in weights:
             start = self.rows[-1][1] if self.rows else 0
             self.rows.append((start, start + weight.shape[0]))
-        self.weight = nn.Parameter(torch.cat([w.packed for w in weights]), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.cat([w.scale for w in weights], dim=1), requires_grad=False)
+        whole = stacked_rows(weights)
+        self.weight = nn.Parameter(whole.packed, requires_grad=False)
+        self.weight_scale = nn.Parameter(whole.scale, requires_grad=False)
         self.register_parameter(
-            "weight_zero", nn.Parameter(torch.cat(zeros, dim=1), requires_grad=False) if zeros else None
+            "weight_zero", None if whole.zero is None else nn.Parameter(whole.zero, requires_grad=False)
         )
         trained = any(layer.bias is not None and layer.bias.requires_grad for layer in layers)
         self.register_parameter("bias", nn.Parameter(torch.cat(biases), requires_grad=trained) if biases else None)

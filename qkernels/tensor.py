@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -208,6 +208,32 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     if not x.ndim or x.shape[-1] != order.numel():
         raise ValueError(f"x must be (..., K) with K = {order.numel()}, got {tuple(x.shape)}")
     return x.index_select(-1, order)
+
+
+def stacked_rows(weights: Sequence[QTensor]) -> QTensor:
+    """One weight of the rows of several, in this order; codes, scales and zeros only move.
+
+    Raises:
+        ValueError: they differ in scheme, in_features or dtypes, or have one scale for a whole tensor or an order of
+            inputs: then rows of different weights cannot share a QTensor.
+    """
+    first = weights[0]
+    for other in weights:
+        if (other.scheme, other.in_features) != (first.scheme, first.in_features):
+            raise ValueError(
+                f"{other.scheme} of {other.in_features} inputs beside {first.scheme} of {first.in_features}"
+            )
+        if other.scheme.group_size == "tensor" or other.order is not None:
+            raise ValueError("one scale for a whole tensor, or an order of inputs of its own")
+        if [t.dtype for t in other.tensors] != [t.dtype for t in first.tensors]:
+            raise ValueError("scales of different dtypes")
+    zeros = [weight.zero for weight in weights if weight.zero is not None]
+    return dataclasses.replace(
+        first,
+        packed=torch.cat([weight.packed for weight in weights]),
+        scale=torch.cat([weight.scale for weight in weights], dim=1),
+        zero=torch.cat(zeros, dim=1) if zeros else None,
+    )
 
 
 def quantize(w: Tensor, scheme: str | Scheme, *, method: str = "rtn", importance: Tensor | None = None) -> QTensor:

@@ -91,6 +91,18 @@ def test_patterns_and_tied_embeddings(tmp_path: pathlib.Path) -> None:
     assert stored < 0.45 * sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
+def test_an_output_layer_with_codes_of_its_own_beside_the_embedding_that_it_was_tied_to(tmp_path: pathlib.Path) -> None:
+    folder, arguments = saved("llama-tied", tmp_path / "float"), models.inputs("llama-tied")
+    model = load("llama-tied", folder, quantization_config=QKernelsConfig("w4g32", schemes={"lm_head": "w8c"}))
+    assert isinstance(model.lm_head, QuantLinear)
+    assert type(model.model.embed_tokens) is nn.Embedding
+    wanted = models.make("llama-tied")
+    qkernels.quantize_model(wanted, "w4g32", method="rtn", schemes={"lm_head": "w8c"}, progress=False)
+    model.save_pretrained(tmp_path / "quantized")
+    for m in (model, load("llama-tied", tmp_path / "quantized")):
+        assert torch.equal(models.output(m, arguments), models.output(wanted, arguments))
+
+
 def test_calibration_and_options_reach_quantize_model(tmp_path: pathlib.Path) -> None:
     folder, arguments = saved("llama", tmp_path / "float"), models.inputs("llama")
     batches = [torch.randint(0, 99, (4, 16), generator=torch.Generator().manual_seed(5))]

@@ -162,6 +162,15 @@ def _opened(path: Path, device: str) -> Iterator[Any]:
         raise FormatError(f"{path}: not a whole safetensors file: {error}") from None
 
 
+def is_native(path: Path) -> bool:
+    """Whether a file's metadata says that it is one of ours; OSError if it cannot be read."""
+    try:
+        with _opened(path, "cpu") as file:
+            return "qkernels" in (file.metadata() or {})
+    except FormatError:
+        return False
+
+
 def header(path: Path) -> Header:
     """What a native file says of itself; raises FormatError and OSError like `read`, but reads no tensor."""
     with _opened(path, "cpu") as file:

@@ -81,14 +81,25 @@ def model_state(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, di
 
 
 def skeleton(config: Any) -> torch.nn.Module:
-    """The model of a configuration, without memory for its parameters; one that writes text, if there is one."""
+    """The model of a configuration, without memory for its parameters."""
+    with torch.device("meta"):
+        return model_class(config)._from_config(config)
+
+
+def model_class(config: Any) -> Any:
+    """The class of a configuration's model: the one that it names, else one that writes text.
+
+    Raises:
+        ValueError: transformers has none.
+    """
     import transformers
 
-    classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    kind = named._from_config if named else next(c for c in classes if type(config) in c._model_mapping).from_config
-    with torch.device("meta"):
-        return kind(config)
+    if named := getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None):
+        return named
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ValueError(f"transformers has no model of configuration {type(config).__name__}")
 
 
 @contextlib.contextmanager

@@ -147,7 +147,6 @@ class QKernelsHfQuantizer(HfQuantizer):
         """Quantized layers without values, for what a checkpoint stores quantized."""
         prefix = f"{model.base_model_prefix}."
         where = places(model)
-        tied = dict(model.all_tied_weights_keys)
         names = {}
         for name, entry in weights.items():
             spellings = [name, prefix + name, name.removeprefix(prefix)]  # of a base model, or a model with a head
@@ -158,10 +157,15 @@ class QKernelsHfQuantizer(HfQuantizer):
                 raise FormatError(f"quantization_config: {name} is {entry.shape}, the model's {found[1].shape}")
             found[1].put(entry.on_meta(), where.get(found[1].module, ()))
             names[found[0]] = entry
-        for target, source in tied.items():
-            if source in names and target in names:
+        for target, source in dict(model.all_tied_weights_keys).items():
+            place = slot(model, target)
+            if source in names and place is not None:
+                if target not in names:  # as where other packages stored the embedding alone
+                    place.put(names[source].on_meta(), where.get(place.module, ()))
                 for part in names[source].parts("") - {""}:
                     model.all_tied_weights_keys[target + part] = source + part
+            elif target in names:  # it has codes of its own
+                del model.all_tied_weights_keys[target]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight is to be quantized as it is loaded."""
@@ -237,3 +241,21 @@ class QKernelsHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Whether save_pretrained works."""
         return True
+
+
+def check_all_loaded(path: object, model: Any, info: Mapping[str, Any]) -> None:
+    """Raise FormatError if from_pretrained found less, more or something else than a model wants.
+
+    Args:
+        path: of the checkpoint, for the message.
+        model: what came of it.
+        info: what from_pretrained(output_loading_info=True) says.
+    """
+    for what, message in (
+        ("missing_keys", "there is no tensor for {}"),
+        ("mismatched_keys", "the tensor for {} has another shape than the model's"),
+        ("unexpected_keys", "the model has no place for {}"),
+    ):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(what) or ())
+        if names:
+            raise FormatError(f"{path}: {message.format(names[0])} ({len(names)} such tensors)")
