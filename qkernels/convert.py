@@ -112,14 +112,10 @@ def _nothing_quantized(source: pathlib.Path) -> ValueError:
 def _shown(
     stream: Iterator[tuple[str, Tensor | QTensor]], total: int | None, progress: bool
 ) -> Iterator[tuple[str, Tensor | QTensor]]:
-    """The same stream, with a progress bar, which holds no tensor."""
+    """The same stream, with a progress bar."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="converting", unit="tensor", leave=False, disable=not progress) as bar:
-        while (item := next(stream, None)) is not None:
-            yield item
-            del item
-            bar.update()
+    return iter(tqdm(stream, total=total, desc="converting", unit="tensor", leave=False, disable=not progress))
 
 
 def _write(path: pathlib.Path, tensors: dict[str, Any]) -> None:
@@ -169,15 +165,13 @@ def _write_shards(
         written.append(native.header(path))
         shard.clear()
 
-    while (item := next(stream, None)) is not None:
-        name, tensor = item
+    for name, tensor in stream:
         more = 0 if any(tensor is other for other in shard.values()) else tensor.nbytes  # an alias is not stored again
         if shard and more and size + more > max_shard_bytes:
             write()
             size = 0
         shard[name] = tensor
         size, total = size + more, total + more
-        del item, tensor
     write()
     count = len(written)
     names = (
