@@ -3,7 +3,10 @@
 q = qkernels.quantize(w, "w4g128")     # QTensor: packed codes, scales, zeros
 y = F.linear(x, q)                     # runs on the packed codes, CPU or GPU
 report = qkernels.quantize_model(model, "w4g128")
+model = qkernels.load("model.gguf")    # or a folder: GPTQ, AWQ, compressed-tensors, ...
 """
+
+from typing import Any
 
 from qkernels.checkpoint import save
 from qkernels.formats.native import FormatError
@@ -24,6 +27,7 @@ __all__ = [
     "FormatError",
     "MergedLinear",
     "Plan",
+    "QKernelsConfig",
     "QTensor",
     "QualityReport",
     "QuantEmbedding",
@@ -41,3 +45,12 @@ __all__ = [
     "save",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers, imported when it is first asked for."""
+    if name == "QKernelsConfig":
+        from qkernels.integrations.transformers import QKernelsConfig
+
+        return QKernelsConfig
+    raise AttributeError(f"module 'qkernels' has no attribute {name!r}")
