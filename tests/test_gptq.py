@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qkernels import QTensor
 from qkernels.formats import gptq
+from qkernels.formats import reader as base
 
 Array = npt.NDArray[Any]
 STREAM = (2, 3, 4, 8)
@@ -185,6 +186,17 @@ def test_g_idx_counts_whatever_desc_act_says() -> None:
     ordered.check(ordered.read())
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_streams_of_every_width(bits: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 64))
+    words = torch.from_numpy(_pack(codes, bits, "gptq").astype(np.uint32).view(np.int32).copy())
+    for count in range(65):
+        found = base.unpack_stream(words[:, : -(-count * bits // 32)], bits, count)
+        assert torch.equal(found, torch.from_numpy(codes[:, :count].astype(np.uint8)))
+    with pytest.raises(ValueError, match="are too few for 65 codes"):
+        base.unpack_stream(words, bits, 65)
+
+
 # ---- words worked out by hand ----
 
 
@@ -332,6 +344,8 @@ def test_modules_with_settings_of_their_own() -> None:
     channel.check(channel.read("model.layers.0.special", dynamic=dynamic, group_size=32))
     late = {"+:.*special": {"bits": 8, "group_size": 16}, r"^model\.layers\.0\.special$": {"bits": 2}}
     eight.check(eight.read("model.layers.0.special", dynamic=late))
+    twice = {"^special$": {"bits": 8, "group_size": 16}, "+:^special$": {"bits": 2}}
+    eight.check(eight.read("special", dynamic=twice))
     four.check(four.read("a.special.b", dynamic={"special": {"bits": 8}}))  # from the start, not anywhere
     four.check(four.read("special", dynamic={r"^special\.$": {"bits": 8}}))
     sym = Case(4, "gptq_v2", zero=8)

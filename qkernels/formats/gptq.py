@@ -216,9 +216,8 @@ def _unpack(words: Tensor, bits: int, planar: bool) -> Tensor:
         return base.unpack_stream(words, bits, count)
     blocks = words.reshape(-1, bits)  # of 32 codes
     code = torch.zeros((blocks.shape[0], 32), dtype=torch.uint8)
-    shift = word = 0
+    shift = 0  # bits of a code, and words of a block, that the planes before take
     for plane in packing.PLANES[bits]:
-        code |= base.unpack_stream(blocks[:, word : word + plane], plane, 32) << shift
+        code |= base.unpack_stream(blocks[:, shift : shift + plane], plane, 32) << shift
         shift += plane
-        word += plane
     return code.reshape(rows, count)

@@ -93,12 +93,14 @@ def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
         return ((octets[..., None] >> shifts) & (2**bits - 1)).flatten(1)[:, :count].contiguous()
     period = -(-count // 8)  # eight codes fill whole octets
     octets = torch.nn.functional.pad(octets, (0, max(0, period * bits - octets.shape[1])))
-    octets = octets[:, : period * bits].reshape(rows, period, bits).to(torch.int64)
-    whole = torch.zeros((rows, period), dtype=torch.int64)
-    for i in range(bits):
-        whole |= octets[..., i] << 8 * i
-    code = (whole[..., None] >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
-    return code.to(torch.uint8).flatten(1)[:, :count].contiguous()
+    octets = octets[:, : period * bits].reshape(rows, period, bits)
+    code = torch.empty((rows, period, 8), dtype=torch.uint8)
+    for i in range(8):
+        octet, shift = divmod(i * bits, 8)
+        code[..., i] = octets[..., octet] >> shift
+        if shift + bits > 8:
+            code[..., i] |= octets[..., octet + 1] << 8 - shift
+    return (code & (2**bits - 1)).flatten(1)[:, :count].contiguous()
 
 
 def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
