@@ -63,6 +63,23 @@ def field(config: Mapping[str, Any], name: str, accepted: tuple[Any, ...], defau
     return value
 
 
+def whole(config: Mapping[str, Any], name: str, default: Any = ...) -> int:
+    """A field of a configuration that is an int and no bool; else ValueError."""
+    if name not in config and default is ...:
+        raise ValueError(f"quantization_config has no {name!r}")
+    value = config.get(name, default)
+    if type(value) is not int:
+        raise ValueError(f"quantization_config's {name} must be an int, got {value!r}")
+    return value
+
+
+def groups_of(group_size: int, in_features: int) -> tuple[GroupSize, int]:
+    """(Scheme's group_size, how many groups) of rows of in_features; -1, as configurations write it, is a whole row."""
+    if group_size == -1 or group_size > in_features:
+        return "channel", 1
+    return group_size, -(-in_features // group_size)
+
+
 def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
     """Codes (rows, count) uint8 of int32 words (rows, words) that hold them without gaps, low bits first.
 
@@ -71,18 +88,21 @@ def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
     rows = words.shape[0]
     if words.shape[1] * 32 < count * bits:
         raise ValueError(f"{words.shape[1]} words of 32 bits are too few for {count} codes of {bits}")
-    octets = words.contiguous().view(torch.uint8)  # little-endian, as safetensors stores them
+    # Little-endian, as safetensors stores them. contiguous() would leave the stride of an axis of one word as it is.
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits in (1, 2, 4, 8):
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
         return ((octets[..., None] >> shifts) & (2**bits - 1)).flatten(1)[:, :count].contiguous()
     period = -(-count // 8)  # eight codes fill whole octets
     octets = torch.nn.functional.pad(octets, (0, max(0, period * bits - octets.shape[1])))
-    octets = octets[:, : period * bits].reshape(rows, period, bits).to(torch.int64)
-    whole = torch.zeros((rows, period), dtype=torch.int64)
-    for i in range(bits):
-        whole |= octets[..., i] << 8 * i
-    code = (whole[..., None] >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
-    return code.to(torch.uint8).flatten(1)[:, :count].contiguous()
+    octets = octets[:, : period * bits].reshape(rows, period, bits)
+    code = torch.empty((rows, period, 8), dtype=torch.uint8)
+    for i in range(8):
+        octet, shift = divmod(i * bits, 8)
+        code[..., i] = octets[..., octet] >> shift
+        if shift + bits > 8:
+            code[..., i] |= octets[..., octet + 1] << 8 - shift
+    return (code & (2**bits - 1)).flatten(1)[:, :count].contiguous()
 
 
 def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
@@ -150,3 +170,12 @@ def weight(
     return QTensor(
         packed, scale.contiguous(), None if zero is None else zero.contiguous(), scheme, code.shape[1], order
     )
+
+
+def affine(
+    code: Tensor, scale: Tensor, zero: Tensor, *, bits: int, group_size: GroupSize, order: Tensor | None
+) -> QTensor:
+    """`weight` of codes with integer zeros: symmetric, which is the same but smaller, where each is in the middle."""
+    if bits > 1 and bool((zero == 2 ** (bits - 1)).all()):
+        return weight(code, scale, None, bits=bits, group_size=group_size, value_map="symmetric", order=order)
+    return weight(code, scale, zero, bits=bits, group_size=group_size, value_map="affine", order=order)
