@@ -81,14 +81,20 @@ def model_state(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, di
 
 
 def skeleton(config: Any) -> torch.nn.Module:
-    """The model of a configuration, without memory for its parameters; one that writes text, if there is one."""
+    """The model of a configuration, of the class that it names or else a language model, without memory for parameters.
+
+    Raises:
+        ValueError: transformers has no language model of this configuration.
+    """
     import transformers
 
-    classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    kind = named._from_config if named else next(c for c in classes if type(config) in c._model_mapping).from_config
+    classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+    kind = named or next((kind for kind in classes if type(config) in kind._model_mapping), None)
+    if kind is None:
+        raise ValueError(f"there is no language model of a {type(config).__name__}")
     with torch.device("meta"):
-        return kind(config)
+        return named._from_config(config) if named else kind.from_config(config)
 
 
 @contextlib.contextmanager
