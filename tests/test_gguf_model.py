@@ -325,6 +325,14 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: pathlib.Path) -> None:
     assert _state(path)[1].keys() == _compare(path)[1].keys()
 
 
+def test_a_configuration_without_a_language_model_is_refused() -> None:
+    with _quiet():
+        from transformers import ViTConfig
+
+        with pytest.raises(ValueError, match="there is no language model of a ViTConfig"):
+            skeleton(ViTConfig())
+
+
 def test_files_of_no_known_model_are_refused(tmp_path: pathlib.Path) -> None:
     metadata, tensors = _llama(tmp_path)
     path = _write(tmp_path / "model.gguf", "strange", "made up", metadata, tensors)
@@ -379,6 +387,31 @@ def _process(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> N
         return original(self, weights, name, **others)
 
     monkeypatch.setattr(theirs.LlamaTensorProcessor, "process", process)
+
+
+def test_a_quantized_weight_becomes_one_parameter_and_a_parameter_one_weight(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata, tensors = _llama(tmp_path)
+    path = _write(tmp_path / "model.gguf", "llama", "made up", metadata, tensors)
+    with _quiet():
+        from transformers import modeling_gguf_pytorch_utils as theirs
+
+    def split(self: Any, weights: Any, name: str, parsed_parameters: Any, **others: Any) -> Any:
+        for half in ("one", "other"):
+            parsed_parameters["tensors"][f"{name}.{half}"] = torch.from_numpy(np.array(weights))
+        return theirs.GGUFTensor(weights, None, {})
+
+    def rename(self: Any, weights: Any, name: str, **others: Any) -> Any:
+        return theirs.GGUFTensor(weights, name.replace("blk.1.", "blk.0."), {})
+
+    for process, match in (
+        (split, "must become one parameter"),
+        (rename, "there is another tensor for model.layers.0"),
+    ):
+        monkeypatch.setattr(theirs.LlamaTensorProcessor, "process", process)
+        with pytest.raises(FormatError, match=match):
+            _state(path)
 
 
 def test_rows_and_columns_may_move_together(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

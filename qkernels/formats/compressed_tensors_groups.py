@@ -1,7 +1,7 @@
 """What a compressed-tensors configuration says of the weight of each module.
 
 config_groups names groups of modules that are quantized alike. Which one a module is of says its name: a target that is
-the name; else a target that is a pattern ("re:", see patterns.py), the first in the order of the alphabet, as in the
+the name; else a target that is a pattern ("re:", see pattern.py), the first in the order of the alphabet, as in the
 package; else the class of the module, which a file does not tell: "Linear", or the only class that is targeted. So a
 module of another class is taken for a Linear one, and refused where its tensors do not fit. Where all groups say the
 same of weights, targets are not looked at. `ignore` never is: what it names has no scales.
@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qkernels.formats.patterns import Pattern
+from qkernels.formats.pattern import Pattern
 from qkernels.formats.reader import field
 from qkernels.scheme import GroupSize
 

@@ -87,7 +87,7 @@ def skeleton(config: Any) -> torch.nn.Module:
 
 
 def model_class(config: Any) -> Any:
-    """The class of a configuration's model: the one that it names, else one that writes text.
+    """The class of a configuration's model: the one that it names, else one that writes text, else any.
 
     Raises:
         ValueError: transformers has none.
