@@ -47,6 +47,7 @@ FLOORS = {
     "qkernels.demo": 7,
     "qkernels.reporting": 7,
     "qkernels.integrations": 7,
+    "qkernels.loading": 7,
     "qkernels.cli": 7,
     "qkernels": 8,  # __init__ hands out what users need
 }

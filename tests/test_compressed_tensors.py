@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 import warnings
 from typing import Any
 
@@ -503,13 +504,15 @@ def test_targets_that_are_classes() -> None:
 
 
 def test_patterns_are_bounded() -> None:
-    for pattern in ("(?!a)", "(a*)*", "[", "a" * 300):
-        with pytest.raises(ValueError, match=r"pattern|class of characters"):
+    for pattern in ("(?<=a)b", "(a", "[", "a" * 1001):
+        with pytest.raises(ValueError, match="pattern"):
             reader(_mixed({2: ["Linear"], 3: [f"re:{pattern}"]}), {})
     with pytest.raises(ValueError, match="patterns have 4223 characters, more than 4096"):
         reader(_mixed({2: ["Linear"], 3: [f"re:{n:03}{'a' * 97}" for n in range(41)]}), {})
-    with pytest.raises(ValueError, match="has 300 characters"):
-        reader(_mixed({2: ["Linear"], 3: ["re:a"]}), {}).decode("a" * 300, {})
+    start = time.perf_counter()  # Python's own matcher would not come to an end
+    with pytest.raises(ValueError, match="there is no tensor"):
+        reader(_mixed({2: ["Linear"], 3: ["re:(a|a)*b"]}), {}).decode("a" * 300, {})
+    assert time.perf_counter() - start < 5
 
 
 # ---- damage ----

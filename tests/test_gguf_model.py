@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qkernels import FormatError, QTensor
 from qkernels.demo import fetch
-from qkernels.integrations.gguf import model_state, skeleton
+from qkernels.integrations.gguf import model_class, model_state, skeleton
 from tests.test_gguf import _blocks
 
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "Q2_K", "Q3_K", "Q5_K")
@@ -325,12 +325,15 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: pathlib.Path) -> None:
     assert _state(path)[1].keys() == _compare(path)[1].keys()
 
 
-def test_a_configuration_without_a_language_model_is_refused() -> None:
+def test_the_class_of_a_configuration() -> None:
     with _quiet():
-        from transformers import ViTConfig
+        from transformers import PretrainedConfig, T5Config, ViTConfig
 
-        with pytest.raises(ValueError, match="there is no language model of a ViTConfig"):
-            skeleton(ViTConfig())
+        assert type(skeleton(ViTConfig())).__name__ == "ViTModel"
+        assert model_class(T5Config(architectures=["T5EncoderModel"])).__name__ == "T5EncoderModel"
+        assert model_class(T5Config()).__name__ == "T5ForConditionalGeneration"
+        with pytest.raises(ValueError, match=r"no model of configuration Pre.rainedConfig"):
+            model_class(PretrainedConfig())
 
 
 def test_files_of_no_known_model_are_refused(tmp_path: pathlib.Path) -> None:
