@@ -54,7 +54,7 @@ _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W",
 _WATCHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 # What proves kernels needs torch, numpy and pytest; what uses them, transformers and matplotlib too.
 _KERNEL_TESTS = ("gpu", "kernels", "rounding", "tune")
-_LAYER_TESTS = ("merge", "benchmarks", "model_benchmark")
+_LAYER_TESTS = ("merge", "gpu_models", "benchmarks", "model_benchmark")
 _SMALL = ("tests/test_kernels.py", "-k", "is_exact or one_hot or memory_around")
 
 
