@@ -133,6 +133,11 @@ class QuantEmbedding(QuantModule):
 
     Raises:
         ValueError, TypeError: the weight has an order of inputs, or dtype is not one of these.
+
+    >>> import torch, qkernels
+    >>> layer = qkernels.QuantEmbedding(qkernels.quantize(torch.eye(100, 64), "w8g64"))
+    >>> layer(torch.tensor([[3, 99], [0, 1]])).shape
+    torch.Size([2, 2, 64])
     """
 
     _converted = "like"
@@ -186,6 +191,11 @@ class QuantExperts(QuantModule):
 
     Raises:
         ValueError: rows are not a multiple of experts, or the weight has an order of inputs.
+
+    >>> import torch, qkernels
+    >>> layer = qkernels.QuantExperts(qkernels.quantize(torch.randn(8 * 32, 64), "w4g64"), experts=8)
+    >>> layer(torch.randn(3, 64), torch.tensor([7, 0, 7])).shape
+    torch.Size([3, 32])
     """
 
     def __init__(self, weight: QTensor, experts: int):

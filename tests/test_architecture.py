@@ -156,5 +156,6 @@ def test_the_top_level_holds_what_it_should() -> None:
         pytest.skip("not a git checkout")
     top = {path.split("/")[0] for path in tracked if not path.startswith(".")}
     assert top == {
-        "pyproject.toml", "README.md", "LICENSE", "constraints.txt", "qkernels", "tests", "benchmarks", "notebooks",
+        "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "constraints.txt",
+        "qkernels", "tests", "benchmarks", "notebooks",
     }  # fmt: skip

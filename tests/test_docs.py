@@ -8,17 +8,22 @@ import inspect
 import json
 import pathlib
 import re
+from typing import Any
 
 import pytest
 import torch
 
 import qkernels
 from benchmarks import readme
+from qkernels.demo import fetch
+from tests import models, test_load
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["qkernels.scheme", "qkernels.tensor", "qkernels.model", "qkernels.planning.plan"])
+@pytest.mark.parametrize(
+    "name", ["qkernels.scheme", "qkernels.tensor", "qkernels.model", "qkernels.planning.plan", "qkernels.nn"]
+)
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name), raise_on_error=False)
     assert found.attempted > 0
@@ -32,6 +37,31 @@ def test_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(names["y"], torch.Tensor)
     assert names["y"].shape == (3, 4096)
     assert "scheme='w4g128', 8,781,824 bytes, 4.19 bits per weight" in capsys.readouterr().out
+
+
+def test_lines_of_ours_for_those_who_come_from_elsewhere(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands after a + in the README runs, where there is such a model."""
+    from transformers import AutoModelForCausalLM
+
+    models.make("llama").save_pretrained(tmp_path / "model")
+    quantized = models.make("llama")
+    qkernels.quantize_model(quantized, "w4g32", progress=False)
+    _, pack, config = test_load.FORMATS["gptq"]
+    test_load.write(tmp_path / "model-gptq", quantized, pack, config)
+    (tmp_path / "model.gguf").symlink_to(fetch.fetch(fetch.SMOLLM2))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        lines = block.splitlines()
+        assert all(line.startswith(("- ", "+ ")) for line in lines)
+        names: dict[str, Any] = {
+            "qkernels": qkernels, "AutoModelForCausalLM": AutoModelForCausalLM, "model": models.make("llama"),
+        }  # fmt: skip
+        exec("\n".join(line[2:] for line in lines if line.startswith("+ ")), names)
+        assert any(isinstance(m, qkernels.QuantLinear) for m in names["model"].modules())
 
 
 def test_table_of_the_readme_is_that_of_the_result_file() -> None:
