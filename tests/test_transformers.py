@@ -87,6 +87,7 @@ def test_patterns_and_tied_embeddings(tmp_path: pathlib.Path) -> None:
         assert isinstance(m.model.embed_tokens, QuantEmbedding)
         for part in ("weight", "weight_scale", "weight_zero"):
             assert getattr(m.lm_head, part) is getattr(m.model.embed_tokens, part)
+    assert torch.equal(models.output(qkernels.load(tmp_path / "quantized"), arguments), models.output(model, arguments))
     stored = sum(p.stat().st_size for p in (tmp_path / "quantized").glob("*.safetensors"))
     assert stored < 0.45 * sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 

@@ -222,12 +222,11 @@ class QKernelsHfQuantizer(HfQuantizer):
                     **config.options,
                 )
         self._model, self._schemes, self._extras = None, {}, {}
-        layers = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, QuantModule)
-        }
-        config.weights = {f"{name}.weight": Entry.of(layer.qweight) for name, layer in layers.items()}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
+        first: dict[Any, str] = {}  # of layers that share a weight, as files hold it once; merged ones have none
+        for name, layer in layers.items():
+            first.setdefault(layer._parameters.get("weight", layer), name)
+        config.weights = {f"{name}.weight": Entry.of(layers[name].qweight) for name in first.values()}
         config.calibration = None
         for layer in layers.values():
             for name in PARTS:  # the loader takes every floating parameter for one to be trained
