@@ -119,6 +119,16 @@ def test_calibration_and_options_reach_quantize_model(tmp_path: pathlib.Path) ->
     )
 
 
+def test_one_config_serves_several_models(tmp_path: pathlib.Path) -> None:
+    config = QKernelsConfig("w4g32")
+    for name in ("llama", "qwen2"):
+        model = load(name, saved(name, tmp_path / name), quantization_config=config)
+        wanted = models.make(name)
+        qkernels.quantize_model(wanted, "w4g32", method="rtn", progress=False)
+        assert torch.equal(models.output(model, models.inputs(name)), models.output(wanted, models.inputs(name)))
+    assert config.weights is None
+
+
 def test_sharded_files_and_a_device_map(tmp_path: pathlib.Path) -> None:
     folder, arguments = saved("llama", tmp_path / "float", max_shard_size="40KB"), models.inputs("llama")
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -152,6 +162,12 @@ def test_compiled_whole(name: str, tmp_path: pathlib.Path) -> None:
     wanted = models.output(model, arguments)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(models.output(compiled, arguments), wanted)
+
+
+def test_converting_a_quantized_model_is_refused_as_transformers_does(tmp_path: pathlib.Path) -> None:
+    model = load("llama", saved("llama", tmp_path), quantization_config=QKernelsConfig("w4g32"))
+    with pytest.raises(ValueError, match="not supported for quantized model"):
+        model.half()
 
 
 def test_a_base_model_and_a_model_with_a_head_read_each_other(tmp_path: pathlib.Path) -> None:

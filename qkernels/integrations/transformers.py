@@ -226,8 +226,9 @@ class QKernelsHfQuantizer(HfQuantizer):
         first: dict[Any, str] = {}  # of layers that share a weight, as files hold it once; merged ones have none
         for name, layer in layers.items():
             first.setdefault(layer._parameters.get("weight", layer), name)
-        config.weights = {f"{name}.weight": Entry.of(layers[name].qweight) for name in first.values()}
-        config.calibration = None
+        entries = {f"{name}.weight": Entry.of(layers[name].qweight) for name in first.values()}
+        # A new one: the user's may be asked for another model.
+        self.quantization_config = model.config.quantization_config = QKernelsConfig(**quantization_config(entries))
         for layer in layers.values():
             for name in PARTS:  # the loader takes every floating parameter for one to be trained
                 if (parameter := layer._parameters.get(name)) is not None:
