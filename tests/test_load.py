@@ -66,6 +66,23 @@ def int_quantized(layer: QuantLinear) -> dict[str, Tensor]:
     }
 
 
+def pack_quantized(layer: QuantLinear) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    code = _code(layer).int().sub(8).to(torch.int8)
+    return {
+        "weight_packed": pack_to_int32(code, 4), "weight_scale": layer.weight_scale.data.T.contiguous(),
+        "weight_shape": torch.tensor(code.shape),
+    }  # fmt: skip
+
+
+def _compressed(form: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"type": "int", "symmetric": True, **weights}}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"], "config_groups": {"group_0": group},
+    }  # fmt: skip
+
+
 def llm_int8(layer: QuantLinear) -> dict[str, Tensor]:
     return {
         "weight": _code(layer).int().sub(128).to(torch.int8), "SCB": layer.weight_scale.data[0].float() * 127,
@@ -76,17 +93,9 @@ def llm_int8(layer: QuantLinear) -> dict[str, Tensor]:
 FORMATS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "gptq": ("w4g32", gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}),
     "awq": ("w4g32", awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
-    "compressed-tensors": (
-        "w8cs", int_quantized,
-        {
-            "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
-                }
-            },
-        },
+    "int-quantized": ("w8cs", int_quantized, _compressed("int-quantized", num_bits=8, strategy="channel")),
+    "pack-quantized": (
+        "w4g32s", pack_quantized, _compressed("pack-quantized", num_bits=4, strategy="group", group_size=32),
     ),
     "bitsandbytes": ("w8cs-fp32", llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 }  # fmt: skip
