@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -79,7 +80,8 @@ def pack_quantized(layer: QuantLinear) -> dict[str, Tensor]:
 def _compressed(form: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"type": "int", "symmetric": True, **weights}}
     return {
-        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"], "config_groups": {"group_0": group},
+        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
     }  # fmt: skip
 
 
@@ -147,6 +149,23 @@ def test_the_logits_are_those_of_the_codes(kind: str, name: str, tmp_path: pathl
             models.output(models.model_class(name).from_pretrained(tmp_path / again).eval(), arguments), wanted
         )
     assert torch.equal(models.output(qkernels.load(folder, models.make(name)), arguments), wanted)
+
+
+def test_what_torchao_quantized_and_transformers_saved(tmp_path: pathlib.Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        models.make("llama").save_pretrained(tmp_path / "float")
+        config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        theirs = models.model_class("llama").from_pretrained(tmp_path / "float", quantization_config=config).eval()
+        theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    ours, arguments = qkernels.load(tmp_path / "theirs"), models.inputs("llama")
+    for name, layer in ours.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert torch.equal(layer.qweight.dequantize(), theirs.get_submodule(name).weight.dequantize())
+    torch.testing.assert_close(models.output(ours, arguments), models.output(theirs, arguments), atol=1e-4, rtol=1e-4)
 
 
 def test_act_order_permutes_inputs_and_nothing_else(tmp_path: pathlib.Path) -> None:
