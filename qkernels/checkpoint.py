@@ -105,6 +105,19 @@ def _quantized_weights(model: nn.Module) -> dict[str, QuantModule]:
     }
 
 
+def _with_tied(
+    model: nn.Module, quantized: Mapping[str, QTensor], plain: Mapping[str, Tensor], ties: Sequence[Sequence[str]]
+) -> dict[str, QTensor]:
+    """The quantized weights, also under names that are tied to theirs in the model and that the file leaves out."""
+    found = dict(quantized)
+    for group in ties:
+        first = next((name for name in group if name in quantized), None)
+        for name in group:
+            if first is not None and name not in found and name not in plain and slot(model, name) is not None:
+                found[name] = quantized[first]
+    return found
+
+
 def _check_fits_model(
     path: Path,
     model: nn.Module,
@@ -115,7 +128,7 @@ def _check_fits_model(
     """{where a weight goes: the weight}, if the file holds just what the model wants."""
     wanted = dict(model.state_dict())
     layers = {}
-    for name, tensor in quantized.items():
+    for name, tensor in _with_tied(model, quantized, plain, ties).items():
         found = slot(model, name)
         if found is None:
             raise FormatError(f"{path}: {name} is quantized, but the model has no layer for it of that name")

@@ -61,7 +61,10 @@ def register() -> None:
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Forward of an experts module: hidden_states (tokens, H), choices and their weights (tokens, k) -> (tokens, H)."""
+    """Forward of an experts module: hidden_states (tokens, H), choices and their weights (tokens, k) -> (tokens, H).
+
+    Some models give the weights of all experts, (tokens, experts).
+    """
     if not isinstance(self.down_proj, QuantExperts):  # this layer was left alone
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
     tokens, choices = top_k_index.shape
@@ -71,6 +74,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = self._apply_gate(x) if gated else self.act_fn(x)
     y = _project(self, "down_proj", x, expert)
     own = (expert < self.down_proj.num_experts).unsqueeze(-1)  # others are experts of another process
+    if top_k_weights.shape != top_k_index.shape:
+        top_k_weights = top_k_weights.gather(1, top_k_index)
     y = torch.where(own, y * top_k_weights.reshape(-1, 1), 0)
     return y.view(tokens, choices, -1).sum(dim=1).to(hidden_states.dtype)
 

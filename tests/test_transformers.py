@@ -51,6 +51,22 @@ def test_quantized_while_loading_saved_and_loaded(name: str, tmp_path: pathlib.P
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gpt2", "gemma2", "whisper"])
+def test_load_reads_what_save_pretrained_wrote(name: str, tmp_path: pathlib.Path) -> None:
+    """Embeddings that an output layer is tied to are stored once, and names in files are those of config.json."""
+    folder, arguments = saved(name, tmp_path / "float"), models.inputs(name)
+    model = load(name, folder, quantization_config=QKernelsConfig("w4g32", embeddings="w8g32"))
+    wanted = models.output(model, arguments)
+    model.save_pretrained(tmp_path / "quantized")
+    sources = [qkernels.load(tmp_path / "quantized", models.make(name)), load(name, tmp_path / "quantized")]
+    if name != "whisper":  # no language model
+        sources.append(qkernels.load(tmp_path / "quantized"))
+    for again in sources:
+        assert torch.equal(models.output(again, arguments), wanted)
+        tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
+        assert tied == (name in ("llama-tied", "gpt2", "gemma2"))  # whisper's is not called lm_head
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", ["w4g32", "w8cs-bf16", "w3g16f-fp32"])
 def test_scales_keep_their_dtype_in_models_of_another(scheme: str, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:

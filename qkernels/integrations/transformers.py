@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -222,25 +222,37 @@ class QKernelsHfQuantizer(HfQuantizer):
                     **config.options,
                 )
         self._model, self._schemes, self._extras = None, {}, {}
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
-        first: dict[Any, str] = {}  # of layers that share a weight, as files hold it once; merged ones have none
-        for name, layer in layers.items():
-            first.setdefault(layer._parameters.get("weight", layer), name)
-        entries = {f"{name}.weight": Entry.of(layers[name].qweight) for name in first.values()}
+        layers = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, QuantModule)
+        }
+        tied = getattr(model, "all_tied_weights_keys", {})
+        entries = {  # as in the files, where what is tied is stored once
+            f"{name}.weight": Entry.of(layer.qweight)
+            for name, layer in layers.items()
+            if not _is_stored_elsewhere(layers, tied, name)
+        }
         # A new one: the user's may be asked for another model.
         self.quantization_config = model.config.quantization_config = QKernelsConfig(**quantization_config(entries))
         for layer in layers.values():
             for name in PARTS:  # the loader takes every floating parameter for one to be trained
                 if (parameter := layer._parameters.get(name)) is not None:
                     parameter.requires_grad_(False)
-        # Weights are stored as the model has them: a conversion of float weights cannot be undone on codes.
-        used = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in used if not isinstance(c, WeightConverter)]
+        # Weights are stored as the model has them, under its names, which are those of config.json: a conversion of
+        # float weights cannot be undone on codes.
+        model._weight_conversions = []
         return model
 
     def is_serializable(self) -> bool:
         """Whether save_pretrained works."""
         return True
+
+
+def _is_stored_elsewhere(layers: Mapping[str, QuantModule], tied: Mapping[str, str], name: str) -> bool:
+    """Whether the weight of a layer is tied to another's, under whose name save_pretrained stores it."""
+    source = tied.get(f"{name}.weight", "").removesuffix(".weight")
+    return source != name and source in layers and layers[source].weight is layers[name].weight
 
 
 def check_all_loaded(path: object, model: Any, info: Mapping[str, Any]) -> None:
