@@ -1,0 +1,178 @@
+"""Quantized layers over two processes give what one gives; shards of a weight are its very values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, parallel
+from torch.distributed.tensor.parallel import parallelize_module
+
+import qkernels
+from qkernels import QTensor, QuantLinear
+from qkernels.parallel import ColwiseParallel, RowwiseParallel, sharded
+from tests.processes import Processes
+
+SCHEMES = [
+    f"w{bits}{group}{value_map}"
+    for bits in range(1, 9)
+    for group in ("g16", "g48", "c", "t")
+    for value_map in ("", "s", "f")
+    if (bits, value_map) != (1, "s")
+]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    found = Processes(tmp_path_factory.mktemp("processes"))
+    yield found
+    found.stop()
+
+
+# ---- shards ----
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_shards_are_the_very_values_of_the_whole(scheme: str) -> None:
+    q = qkernels.quantize(torch.randn(6, 288), scheme)
+    whole = q.dequantize()
+    for ranks in (1, 2, 3, 6):
+        rows = [sharded(q, 0, rank, ranks) for rank in range(ranks)]
+        columns = [sharded(q, 1, rank, ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat([part.dequantize() for part in rows]), whole)
+        assert torch.equal(torch.cat([part.dequantize() for part in columns], dim=1), whole)
+        assert {part.shape for part in rows} == {(6 // ranks, 288)}
+        assert {part.shape for part in columns} == {(6, 288 // ranks)}
+        assert all(part.scheme == q.scheme for part in rows + columns)
+        assert all(t.is_contiguous() for part in rows + columns for t in part.tensors)
+        if ranks > 1:
+            assert all(part.packed.untyped_storage().nbytes() < q.packed.nbytes for part in rows + columns)
+
+
+def test_shards_of_empty_and_odd_weights() -> None:
+    for shape, dim, ranks in (((0, 32), 0, 2), ((4, 0), 1, 2), ((4, 0), 0, 2), ((0, 32), 1, 2)):
+        for scheme in ("w3g16", "w4c", "w4ts"):
+            parts = [sharded(qkernels.quantize(torch.randn(shape), scheme), dim, r, ranks) for r in range(ranks)]
+            wanted = (shape[0] // 2, shape[1]) if dim == 0 else (shape[0], shape[1] // 2)
+            assert all(part.shape == wanted for part in parts)
+    # a row that has one group alone may be cut anywhere; a short last group is one of a row's last part
+    short = qkernels.quantize(torch.randn(4, 50), "w3g64f")
+    assert torch.equal(torch.cat([sharded(short, 1, r, 2).dequantize() for r in (0, 1)], dim=1), short.dequantize())
+    odd = qkernels.quantize(torch.randn(4, 42), "w5c")
+    assert torch.equal(torch.cat([sharded(odd, 1, r, 2).dequantize() for r in (0, 1)], dim=1), odd.dequantize())
+
+
+def test_scales_of_other_dtypes_and_orders_of_inputs() -> None:
+    for scheme in ("w4g32-bf16", "w4g32f-fp32"):
+        q = qkernels.quantize(torch.randn(4, 64), scheme)
+        for dim in (0, 1):
+            part = sharded(q, dim, 1, 2)
+            assert [t.dtype for t in part.tensors] == [t.dtype for t in q.tensors]
+    q = qkernels.quantize(torch.randn(4, 64), "w4g32")
+    ordered = QTensor(q.packed, q.scale, q.zero, q.scheme, 64, torch.randperm(64).int())
+    rows = torch.cat([sharded(ordered, 0, rank, 2).dequantize() for rank in (0, 1)])
+    assert torch.equal(rows, ordered.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "dim", "rank", "ranks", "message"),
+    [
+        ("w4g32", (6, 64), 0, 0, 4, "out_features = 6 cannot be cut into 4 equal parts"),
+        ("w4c", (6, 50), 1, 0, 4, "in_features = 50 cannot be cut into 4 equal parts"),
+        ("w4g32", (4, 96), 1, 0, 2, r"in_features = 96 over 2 processes is 48 each, not whole groups of 32 \(w4g32\)"),
+        ("w4g32", (4, 80), 1, 0, 2, "is 40 each, not whole groups of 32"),
+        ("w4g32", (4, 64), 2, 0, 2, "dim must be 0 .* or 1 .*, got 2"),
+        ("w4g32", (4, 64), 0, 2, 2, "rank must be from 0 to 1, got 2"),
+        ("w4g32", (4, 64), 0, -1, 2, "rank must be from 0 to 1, got -1"),
+        ("w4g32", (4, 64), 0, 0, 0, "ranks must be 1 or more, got 0"),
+    ],
+)
+def test_what_cannot_be_cut_is_said(
+    scheme: str, shape: tuple[int, int], dim: int, rank: int, ranks: int, message: str
+) -> None:
+    q = qkernels.quantize(torch.randn(shape), scheme)
+    with pytest.raises(ValueError, match=message):
+        sharded(q, dim, rank, ranks)
+
+
+def test_orders_and_weights_without_values_are_refused() -> None:
+    q = qkernels.quantize(torch.randn(4, 64), "w4g32")
+    ordered = QTensor(q.packed, q.scale, q.zero, q.scheme, 64, torch.arange(64).int())
+    with pytest.raises(ValueError, match="order of inputs"):
+        sharded(ordered, 1, 0, 2)
+    for dim in (0, 1):
+        with pytest.raises(ValueError, match="meta device"):
+            sharded(q.to("meta"), dim, 0, 2)
+
+
+# ---- styles ----
+
+
+class Block(nn.Module):
+    """What a transformer's block does, with a float layer among quantized ones."""
+
+    def __init__(self, scheme: str, ordered: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        layers = [nn.Linear(64, 96), nn.Linear(64, 96, bias=False), nn.Linear(96, 64), nn.Linear(64, 10)]
+        self.gate, self.up, self.down, self.head = (QuantLinear.from_linear(layer, scheme) for layer in layers)
+        self.float_up, self.float_down = nn.Linear(64, 32), nn.Linear(32, 64)
+        if ordered:
+            q = self.up.qweight
+            self.up = QuantLinear(QTensor(q.packed, q.scale, q.zero, q.scheme, 64, torch.randperm(64).int()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(torch.tanh(self.gate(x)) * self.up(x)) + x
+        return self.head(x + self.float_down(torch.tanh(self.float_up(x))))
+
+
+def mesh() -> Any:
+    return init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+
+
+PLAN: dict[str, Any] = {
+    "gate": ColwiseParallel(),
+    "up": ColwiseParallel(),
+    "down": RowwiseParallel(),
+    "head": ColwiseParallel(output_layouts=Replicate()),
+    "float_up": ColwiseParallel(),
+    "float_down": parallel.RowwiseParallel(),
+}
+
+
+def block_in_two(scheme: str, shape: tuple[int, ...], ordered: bool, plan: dict[str, Any]) -> tuple[Any, ...]:
+    """Output and gradients over two processes, and what every process finds alone."""
+    whole = Block(scheme, ordered)
+    part = parallelize_module(copy.deepcopy(whole), mesh(), plan)
+    found = []
+    for model in (whole, part):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = model(x)
+        (y * torch.linspace(-1, 1, 10)).sum().backward()
+        grads = [p.grad for p in (model.gate.bias, model.down.bias, model.head.bias)]
+        with torch.no_grad():
+            again = model(x)
+        found.append((y.detach(), again, x.grad, *grads))
+    shapes = {n: (tuple(m.weight.shape), m.out_features, m.in_features) for n, m in part.named_children()}
+    return *found, shapes, repr(part.down)
+
+
+@pytest.mark.parametrize("scheme", ["w4g16", "w3g48f", "w8cs", "w5ts", "w2t"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_block_over_two_processes(scheme: str, ordered: bool, processes: Processes) -> None:
+    answers = processes.run(block_in_two, scheme, (2, 3, 64), ordered, PLAN)
+    for rank, (whole, part, shapes, text) in enumerate(answers):
+        own = slice(rank * 48, (rank + 1) * 48)
+        wanted = [*whole[:3], whole[3][own], whole[4], whole[5][rank * 5 : rank * 5 + 5]]
+        for got, expected in zip(part, wanted, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        assert shapes["gate"][1:] == (48, 64)
+        assert shapes["down"][1:] == (64, 48)
+        assert f"columns of process {rank} of 2" in text
+    for got, expected in zip(answers[0][1][:3], answers[1][1][:3], strict=True):
+        assert torch.equal(got, expected)
