@@ -35,20 +35,23 @@ class Processes:
         """
         if not self.workers:
             self._start()
-        for _, pipe in self.workers:
-            pipe.send((function, arguments))
         deadline = time.monotonic() + TIMEOUT
-        found: list[Any] = []
-        for rank, (_, pipe) in enumerate(self.workers):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.stop()
-                raise TimeoutError(f"process {rank} has not answered in {TIMEOUT} seconds")
-            error, value = pipe.recv()
-            if error is not None:
-                self.stop()
-                raise RuntimeError(f"process {rank}:\n{error}")
-            found.append(value)
-        return found
+        try:
+            for _, pipe in self.workers:
+                pipe.send((function, arguments))
+            return [self._answer(rank, deadline) for rank in range(RANKS)]
+        except BaseException:
+            self.stop()
+            raise
+
+    def _answer(self, rank: int, deadline: float) -> Any:
+        pipe = self.workers[rank][1]
+        if not pipe.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"process {rank} has not answered in {TIMEOUT} seconds")
+        error, value = pipe.recv()
+        if error is not None:
+            raise RuntimeError(f"process {rank}:\n{error}")
+        return value
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -80,7 +83,6 @@ def _serve(rank: int, meeting: str, pipe: multiprocessing.connection.Connection)
         function, arguments = pipe.recv()
         try:
             torch.manual_seed(0)
-            answer = None, function(*arguments)
-        except BaseException:
-            answer = traceback.format_exc(), None
-        pipe.send(answer)
+            pipe.send((None, function(*arguments)))
+        except Exception:
+            pipe.send((traceback.format_exc(), None))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, parallel
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, parallel
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
 import qkernels
@@ -176,3 +177,170 @@ def test_a_block_over_two_processes(scheme: str, ordered: bool, processes: Proce
         assert f"columns of process {rank} of 2" in text
     for got, expected in zip(answers[0][1][:3], answers[1][1][:3], strict=True):
         assert torch.equal(got, expected)
+
+
+def whole_inputs_to_rowwise(bias_dtype: torch.dtype, dtype: torch.dtype) -> Any:
+    layer = QuantLinear(qkernels.quantize(torch.randn(8, 64), "w4g16"), torch.randn(8).to(bias_dtype))
+    x = torch.randn(3, 64).to(dtype).requires_grad_()
+    wanted = layer(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.float().square().sum(), x)
+    part = parallelize_module(layer, mesh(), RowwiseParallel(input_layouts=Replicate()))
+    y = part(x)
+    (grad,) = torch.autograd.grad(y.float().square().sum(), x)
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., K\) with K = 64, got \(3, 32\)"):
+        part(x[:, :32])
+    return y.detach(), wanted.detach(), grad, wanted_grad
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rowwise_layer_that_takes_its_part(bias_dtype: torch.dtype, dtype: torch.dtype, processes: Processes) -> None:
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 0.3, "rtol": 0.05}
+    for y, wanted, grad, wanted_grad in processes.run(whole_inputs_to_rowwise, bias_dtype, dtype):
+        assert y.dtype is grad.dtype is dtype
+        torch.testing.assert_close(y, wanted, **close)
+        torch.testing.assert_close(grad, wanted_grad, **close)
+
+
+def colwise_bits(shape: tuple[int, ...]) -> Any:
+    layer = QuantLinear(qkernels.quantize(torch.randn(8, 64), "w4g16"), torch.randn(8))
+    x = torch.randn(shape)
+    wanted = layer(x)
+    apart = parallelize_module(copy.deepcopy(layer), mesh(), ColwiseParallel())
+    together = parallelize_module(layer, mesh(), ColwiseParallel(output_layouts=Replicate()))
+    again = copy.deepcopy(apart)
+    again.load_state_dict(apart.state_dict())
+    return wanted, apart(x), together(x), again(x)
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (0, 64)])
+def test_colwise_parts_are_the_bits_of_the_whole(shape: tuple[int, ...], processes: Processes) -> None:
+    answers = processes.run(colwise_bits, shape)
+    for rank, (wanted, apart, together, again) in enumerate(answers):
+        torch.testing.assert_close(apart, wanted[..., 4 * rank : 4 * rank + 4], atol=1e-5, rtol=1e-5)
+        assert torch.equal(again, apart)
+        assert torch.equal(together, torch.cat([answer[1] for answer in answers], dim=-1))
+
+
+def compiled_block() -> Any:
+    part = parallelize_module(Block("w4g16"), mesh(), {n: s for n, s in PLAN.items() if not n.startswith("float")})
+    found = []
+    for model in (part, torch.compile(part, fullgraph=True, backend="aot_eager")):
+        x = torch.randn((5, 64), generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            low = model(x)
+        found.append((y.detach(), x.grad, low))
+    return found
+
+
+def test_compiled_whole_and_under_autocast(processes: Processes) -> None:
+    for eager, compiled in processes.run(compiled_block):
+        assert eager[2].dtype is torch.bfloat16
+        for got, wanted in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-4 if got.dtype is torch.float32 else 0.1, rtol=1e-2)
+
+
+def refusals() -> list[str]:
+    q = qkernels.quantize(torch.randn(8, 96), "w4g32")
+    merged = nn.Module()
+    merged.gate_proj, merged.up_proj = QuantLinear(q), QuantLinear(q)
+    qkernels.merge_siblings(merged)
+    cut = parallelize_module(QuantLinear(q), mesh(), ColwiseParallel())
+    found = []
+    for layer, style in (
+        (QuantLinear(q), RowwiseParallel()),
+        (merged.gate_proj, ColwiseParallel()),
+        (cut, ColwiseParallel()),
+        (QuantLinear(q.to("meta")), ColwiseParallel()),
+        (QuantLinear(q), ColwiseParallel(output_layouts=Shard(0))),
+        (QuantLinear(q), ColwiseParallel(input_layouts=Shard(0))),
+        (QuantLinear(q), ColwiseParallel(use_local_output=False)),
+        (QuantLinear(q), RowwiseParallel(output_layouts=Shard(1))),
+        (QuantLinear(q), RowwiseParallel(input_layouts=Shard(0))),
+    ):
+        before = {n: p.clone() for n, p in layer.state_dict().items() if not p.is_meta}
+        with pytest.raises(ValueError, match=r"a|c") as caught:
+            parallelize_module(layer, mesh(), style)
+        found.append(str(caught.value))
+        assert all(torch.equal(layer.state_dict()[n], p) for n, p in before.items())
+    with pytest.raises(ValueError, match="a mesh of one dimension is needed, got 2"):
+        parallelize_module(
+            QuantLinear(q), init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b")), ColwiseParallel()
+        )
+    return found
+
+
+def test_what_styles_refuse(processes: Processes) -> None:
+    for said in processes.run(refusals):
+        for message, expected in zip(
+            said,
+            (
+                "in_features = 96 over 2 processes is 48 each, not whole groups of 32",
+                "gate_proj, up_proj are merged into one weight",
+                "rows of process",
+                "meta device",
+                "cannot be cut as ColwiseParallel",
+                "cannot be cut as ColwiseParallel",
+                "cannot be cut as ColwiseParallel",
+                "cannot be cut as RowwiseParallel",
+                "cannot be cut as RowwiseParallel",
+            ),
+            strict=True,
+        ):
+            assert expected in message
+
+
+# ---- DTensor ----
+
+
+def distributed_product(scheme: str, bias: bool, placements: tuple[Any, Any]) -> Any:
+    """Product and gradient of qkernels::matmul where rows of x, or of the weight, are apart."""
+    q = qkernels.quantize(torch.randn(8, 64), scheme)
+    x, b = torch.randn(2, 4, 64), torch.randn(8) if bias else None
+    wanted_x = x.clone().requires_grad_()
+    wanted = torch.ops.qkernels.matmul(wanted_x, q.packed, q.scale, q.zero, b, scheme, 64)
+    (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), wanted_x)
+    where, of_x = mesh(), placements[0]
+    rows = placements[1]
+    beside = Shard(1) if rows.is_shard() and q.scale.numel() > 1 else Replicate()
+    dx = distribute_tensor(x, where, [of_x]).requires_grad_()
+    parts = [
+        None if t is None else distribute_tensor(t, where, [p])
+        for t, p in ((q.packed, rows), (q.scale, beside), (q.zero, beside), (b, rows))
+    ]
+    with CommDebugMode() as collectives:
+        y = torch.ops.qkernels.matmul(dx, *parts, scheme, 64)
+    (grad,) = torch.autograd.grad(y.square().sum(), dx)
+    return (
+        wanted.detach(),
+        y.full_tensor().detach(),
+        str(y.placements),
+        wanted_grad,
+        grad.full_tensor(),
+        dict(collectives.get_comm_counts()),
+    )
+
+
+@pytest.mark.parametrize("scheme", ["w4g16", "w8cs", "w3t", "w2ts"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("placements", "result"),
+    [
+        ((Shard(0), Replicate()), Shard(0)),
+        ((Shard(1), Replicate()), Shard(1)),
+        ((Replicate(), Shard(0)), Shard(2)),
+        ((Replicate(), Replicate()), Replicate()),
+    ],
+)
+def test_distributed_tensors(
+    scheme: str, bias: bool, placements: tuple[Any, Any], result: Any, processes: Processes
+) -> None:
+    for wanted, y, placed, wanted_grad, grad, collectives in processes.run(
+        distributed_product, scheme, bias, placements
+    ):
+        torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grad, wanted_grad, atol=1e-4, rtol=1e-4)
+        assert placed == str((result,))
+        assert not collectives
