@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qkernels import ops
 from qkernels.nn import PARTS, QuantLinear
-from qkernels.parallel.shards import sharded
+from qkernels.parallel.shards import joined, sharded
 from qkernels.siblings import MergedLinear
+from qkernels.tensor import QTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Group:
         functional = torch.ops._c10d_functional
         return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", self.name))
 
-    def concatenate(self, x: Tensor) -> Tensor:
-        """What the processes have side by side in the last dimension, without gradient."""
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """What each process has, without gradient."""
         functional = torch.ops._c10d_functional
         found = functional.wait_tensor(functional.all_gather_into_tensor(x.contiguous(), self.ranks, self.name))
-        return torch.cat(found.view(self.ranks, *x.shape).unbind(0), dim=-1)
+        return list(found.view(self.ranks, *x.shape).unbind(0))
 
     def own(self, x: Tensor) -> Tensor:
         """This process's part of the last dimension: a view."""
@@ -84,7 +85,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return group.concatenate(x)
+        return torch.cat(group.gather(x), dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -161,6 +162,18 @@ def cut_rowwise(layer: QuantLinear, group: Group, split: bool = False) -> Rowwis
     assert isinstance(layer, RowwiseLinear)
     layer.group, layer.split = group, split
     return layer
+
+
+def whole(layer: ColwiseLinear | RowwiseLinear) -> tuple[QTensor, Tensor | None]:
+    """The weight and the bias that a layer was cut from; all processes must ask together."""
+    part, group = layer.qweight, layer.group
+    packed, scale = group.gather(part.packed), group.gather(part.scale)
+    zero = [None] * group.ranks if part.zero is None else group.gather(part.zero)
+    parts = [dataclasses.replace(part, packed=p, scale=s, zero=z) for p, s, z in zip(packed, scale, zero, strict=True)]
+    bias = None if layer.bias is None else layer.bias.detach()
+    if isinstance(layer, RowwiseLinear):
+        return joined(parts, 1), bias
+    return joined(parts, 0), None if bias is None else torch.cat(group.gather(bias))
 
 
 def _keep(layer: QuantLinear, dim: int, group: Group) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from qkernels import packing
 from qkernels.scheme import Scheme
@@ -64,3 +68,28 @@ def sharded(weight: QTensor, dim: int, rank: int, ranks: int) -> QTensor:
         own = slice(rank * groups, (rank + 1) * groups)
         scale, zero = scale[own].clone(), None if zero is None else zero[own].clone()
     return QTensor(packed, scale, zero, weight.scheme, columns)
+
+
+def joined(parts: Sequence[QTensor], dim: int) -> QTensor:
+    """The weight whose parts, in order, these are: the inverse of `sharded`."""
+    first = parts[0]
+    scheme, in_features = first.scheme, sum(part.in_features for part in parts) if dim else first.in_features
+    if dim == 0:
+        packed = torch.cat([part.packed for part in parts])
+        one_scale = scheme.group_size == "tensor"
+    else:
+        code = [packing.unpack(part.packed, scheme.bits, part.in_features) for part in parts]
+        packed = packing.pack(torch.cat(code, dim=1), scheme.bits)
+        one_scale = scheme.scale_shape(first.shape[0], in_features)[0] <= 1
+
+    def beside(tensors: list[Tensor]) -> Tensor:
+        return tensors[0] if one_scale else torch.cat(tensors, dim=1 - dim)
+
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return dataclasses.replace(
+        first,
+        packed=packed,
+        scale=beside([part.scale for part in parts]),
+        zero=beside(zeros) if zeros else None,
+        in_features=in_features,
+    )
