@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qkernels.experts import projections
 from qkernels.nn import PARTS, QuantEmbedding, QuantExperts, QuantLinear
@@ -166,6 +167,17 @@ _INSTEAD: dict[str, Callable[..., Any]] = {
 
 
 # ---- after the weights are loaded ----
+
+
+def check_loaded_whole(held: Iterable[Held], tied: Container[str]) -> None:
+    """Raise ValueError for what should be quantized but has been spread over processes by other means than a plan."""
+    for one in held:
+        spread = any(isinstance(p, DTensor) for p in one.module.parameters(recurse=False))
+        if spread and f"{one.name}.weight" not in tied:
+            raise ValueError(
+                f"{one.name} cannot be quantized while it is loaded into several processes, each of which gets a part "
+                "(FSDP): quantize and save the model in one process, and load that"
+            )
 
 
 def cut(model: nn.Module, held: Iterable[Held]) -> bool:

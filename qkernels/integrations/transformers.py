@@ -206,14 +206,22 @@ class QKernelsHfQuantizer(HfQuantizer):
         put(layer, places(self._model)[module])
         return layer
 
+    def _whole(self, weight: Tensor) -> Tensor:
+        """A weight that may be spread over processes."""
+        return weight.full_tensor() if self._held and hasattr(weight, "full_tensor") else weight
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if self._failed:
             raise self._failed[0]
+        if config.weights is None and self._held:
+            from qkernels.integrations.tensor_parallel import check_loaded_whole
+
+            check_loaded_whole(self._held, model.all_tied_weights_keys)
         if config.weights is None:
             if config.calibration is None:
                 for name in list(self._schemes):  # no weight of the checkpoint, but tied to one
-                    self._quantized(name, model.get_submodule(name).weight.detach())
+                    self._quantized(name, self._whole(model.get_submodule(name).weight.detach()))
                 quantize_extras(self._extras, config.method)
             else:
                 quantize_model(
