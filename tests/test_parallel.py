@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, parallel
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
 import qkernels
 from qkernels import QTensor, QuantLinear
+from qkernels.nn import QuantModule
 from qkernels.parallel import ColwiseParallel, RowwiseParallel, sharded
 from tests.processes import Processes
+from tests.tiny_model import TOKENS, TinyModel
 
 SCHEMES = [
     f"w{bits}{group}{value_map}"
@@ -344,3 +348,63 @@ def test_distributed_tensors(
         torch.testing.assert_close(grad, wanted_grad, atol=1e-4, rtol=1e-4)
         assert placed == str((result,))
         assert not collectives
+
+
+# ---- FSDP ----
+
+
+def fully_sharded(scheme: str, dtype: torch.dtype, low: bool) -> Any:
+    """A small model over two processes by FSDP2: outputs, gradients, and its state_dict, before and after a round trip.
+
+    low: whether with a policy of mixed precision; then quantized layers have a group of their own, without it.
+    """
+    whole = TinyModel()
+    qkernels.quantize_model(whole, scheme, method="rtn", embeddings=scheme, progress=False)
+    whole = whole.to(dtype)
+    model, where = copy.deepcopy(whole), init_device_mesh("cpu", (2,))
+    if low:
+        whole.norm.to(torch.bfloat16), whole.embed.to(torch.bfloat16)
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if low else {}
+    if low:
+        for block in model.blocks:
+            fully_shard([m for m in block.modules() if isinstance(m, QuantModule)], mesh=where)
+        fully_shard([model.embed, model.lm_head], mesh=where)
+    for block in model.blocks:
+        fully_shard(block, mesh=where, **policy)
+    fully_shard(model, mesh=where, reshard_after_forward=True, **policy)
+    found = []
+    for one in (whole, model):
+        y = one(TOKENS)
+        y.float().square().sum().backward()
+        found.append((y.detach(), one.norm.weight.grad))
+    gradient = found[1][1].full_tensor()
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    parts = {n: t.clone() for n, t in model.state_dict().items()}
+    for p in model.parameters():
+        p.data.to_local().zero_()
+    model.load_state_dict(parts)
+    with torch.no_grad():
+        again = model(TOKENS)
+    sizes = {n: p.to_local().nbytes for n, p in model.named_parameters() if n.endswith("up.weight")}
+    return found[0], (found[1][0], gradient), again, full, whole.state_dict(), sizes, y.dtype
+
+
+@pytest.mark.parametrize("scheme", ["w4g16", "w8ts", "w3cf", "w5g48f-bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fully_sharded(scheme: str, dtype: torch.dtype, processes: Processes) -> None:
+    answers = processes.run(fully_sharded, scheme, dtype, False)
+    for whole, part, again, full, stored, sizes, _ in answers:
+        assert torch.equal(part[0], whole[0])
+        assert torch.equal(again, whole[0])
+        # each process has the gradient of the same batch; FSDP gives their mean
+        torch.testing.assert_close(part[1], whole[1], atol=1e-4, rtol=1e-2)
+        assert full.keys() == stored.keys()
+        assert all(torch.equal(full[n], t) and full[n].dtype is t.dtype for n, t in stored.items())
+        assert sizes == {n: stored[n].nbytes // 2 for n in sizes}
+
+
+def test_fully_sharded_in_mixed_precision_with_groups_of_quantized_layers(processes: Processes) -> None:
+    for whole, part, again, *_, dtype in processes.run(fully_sharded, "w4g16", torch.float32, True):
+        assert dtype is torch.bfloat16
+        assert torch.equal(part[0], whole[0])  # with scales as they are; biases are in the groups, too
+        assert torch.equal(again, part[0])
