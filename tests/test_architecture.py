@@ -42,6 +42,7 @@ FLOORS = {
     "qkernels.model": 6,
     "qkernels.checkpoint": 6,
     "qkernels.convert": 6,
+    "qkernels.parallel": 6,
     "qkernels.plots": 7,
     "qkernels.tune": 7,
     "qkernels.demo": 7,

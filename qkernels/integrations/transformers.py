@@ -129,18 +129,23 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._schemes: dict[str, Scheme] = {}  # of layers still to be quantized, by name
         self._failed: list[Exception] = []
         self._extras: dict[str, Extra] = {}  # weights to be quantized when the model is loaded
+        self._held: list[Any] = []  # what tensor parallelism must leave to us
+        self._is_cut = False  # whether each process has a part of the weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if config.weights is not None:
             self._put_empty(model, config.weights)
-            return model
-        if config.calibration is None:
+        elif config.calibration is None:
             with linears_for_conv1d(model):
                 chosen = select(model, config.scheme, config.skip, config.schemes, config.embeddings)
             self._extras = chosen.extras
             self._schemes = {name: scheme for name, (_, scheme) in chosen.linears.items()}
             self._model = model
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from qkernels.integrations.tensor_parallel import hold
+
+            self._held = hold(model, self._schemes, self._extras, calibrated=config.calibration is not None)
         return model
 
     def _put_empty(self, model: Any, weights: Mapping[str, Entry]) -> None:
@@ -201,14 +206,22 @@ class QKernelsHfQuantizer(HfQuantizer):
         put(layer, places(self._model)[module])
         return layer
 
+    def _whole(self, weight: Tensor) -> Tensor:
+        """A weight that may be spread over processes."""
+        return weight.full_tensor() if self._held and hasattr(weight, "full_tensor") else weight
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if self._failed:
             raise self._failed[0]
+        if config.weights is None and self._held:
+            from qkernels.integrations.tensor_parallel import check_loaded_whole
+
+            check_loaded_whole(self._held, model.all_tied_weights_keys)
         if config.weights is None:
             if config.calibration is None:
                 for name in list(self._schemes):  # no weight of the checkpoint, but tied to one
-                    self._quantized(name, model.get_submodule(name).weight.detach())
+                    self._quantized(name, self._whole(model.get_submodule(name).weight.detach()))
                 quantize_extras(self._extras, config.method)
             else:
                 quantize_model(
@@ -239,6 +252,10 @@ class QKernelsHfQuantizer(HfQuantizer):
             for name in PARTS:  # the loader takes every floating parameter for one to be trained
                 if (parameter := layer._parameters.get(name)) is not None:
                     parameter.requires_grad_(False)
+        if self._held:
+            from qkernels.integrations.tensor_parallel import cut
+
+            self._is_cut, self._held = cut(model, self._held), []
         # Weights are stored as the model has them, under its names, which are those of config.json: a conversion of
         # float weights cannot be undone on codes.
         model._weight_conversions = []
@@ -247,6 +264,14 @@ class QKernelsHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Whether save_pretrained works."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """What save_pretrained writes: whole weights, wherever they are. None stands for a state_dict."""
+        if not self._is_cut:
+            return None, {}
+        from qkernels.integrations.tensor_parallel import whole_state_dict
+
+        return whole_state_dict(model), {}
 
 
 def _is_stored_elsewhere(layers: Mapping[str, QuantModule], tied: Mapping[str, str], name: str) -> bool:
