@@ -53,7 +53,9 @@ def quantize_model(
 
     So are transformers' Conv1D (GPT-2) and, by a method that looks at each weight alone, the projections of fused
     experts: they become QuantExperts. Subclasses of nn.Linear, and output layers called lm_head unless you say
-    otherwise, are left alone. A weight that another module shares stays there, and the Linear gets codes of its own.
+    otherwise, are left alone; so are layers whose weight the code of the model reads itself (`wo` of T5), which would
+    take codes for floats, unless `schemes` names them. A weight that another module shares stays there, and the Linear
+    gets codes of its own.
 
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from qkernels.checks import DTYPES
 from qkernels.experts import projections, put_experts, stacked
 from qkernels.replace import counterpart, places, put, tie
 from qkernels.scheme import Scheme, as_scheme
+from qkernels.source import weights_read
 from qkernels.tensor import QTensor
 
 # The output layer is often tied to the embedding, and always the one whose error the logits see undiluted.
@@ -41,7 +43,7 @@ class Selection:
     Attributes:
         linears: {name: (layer, scheme)}.
         extras: {name: another weight}.
-        skipped: names of Linears and projections of experts that are left alone.
+        skipped: names of Linears and projections of experts that are left alone, and of embeddings that have to be.
     """
 
     linears: dict[str, tuple[nn.Linear, Scheme]]
@@ -75,18 +77,22 @@ def select(
             example = next(iter(known), ["none"])[0]
             raise ValueError(f"pattern {pattern!r} fits no nn.Linear of the model; names are like {example!r}")
 
-    def chosen(found: Sequence[str], otherwise: Scheme | None) -> Scheme | None:
+    read = _read_by_their_parents(model, names)
+
+    def chosen(found: Sequence[str], otherwise: Scheme | None, module: nn.Module | None = None) -> Scheme | None:
         named = next((pattern for pattern in parsed if _fits(pattern, found)), None)
         if any(_fits(pattern, found) for pattern in skip) and not (named is not None and skip is DEFAULT_SKIP):
             return None
-        return otherwise if named is None else parsed[named]
+        if named is None:
+            return None if module in read else otherwise
+        return parsed[named]
 
     linears: dict[str, tuple[nn.Linear, Scheme]] = {}
     extras: dict[str, Extra] = {}
     alone: dict[str, nn.Module] = {}
     for module, found in names.items():
         if isinstance(module, nn.Linear):
-            scheme = chosen(found, default)
+            scheme = chosen(found, default, module)
             if scheme is None or type(module) is not nn.Linear:
                 alone[found[0]] = module
             else:
@@ -99,9 +105,13 @@ def select(
                 else:
                     extras[f"{found[0]}.{p}"] = _projection(module, p, scheme)
     for module, found in names.items():
-        if isinstance(module, nn.Embedding) and (scheme := chosen(found, embeddings)) is not None:
-            alone = {n: m for n, m in alone.items() if not _is_tied(m, module)}
-            extras[found[0]] = _embedding(model, found[0], module, scheme)
+        if isinstance(module, nn.Embedding):
+            scheme = chosen(found, embeddings, module)
+            if scheme is not None:
+                alone = {n: m for n, m in alone.items() if not _is_tied(m, module)}
+                extras[found[0]] = _embedding(model, found[0], module, scheme)
+            elif module in read:
+                alone[found[0]] = module
     if not linears and not extras:
         left = f"only {', '.join(alone)}, left alone" if alone else "none"
         raise ValueError(f"model ({type(model).__name__}) holds no nn.Linear to quantize: {left}")
@@ -120,6 +130,26 @@ def _candidates(model: nn.Module, embeddings: bool) -> dict[nn.Module, list[str]
             "QuantLinear.from_linear, or put it into a module"
         )
     return names
+
+
+def _read_by_their_parents(model: nn.Module, names: Mapping[nn.Module, Sequence[str]]) -> set[nn.Module]:
+    """Layers whose weight the code of a parent uses itself, as T5's feed-forward does: it would take codes for floats.
+
+    And the embeddings that such an output layer is tied to, or will be once transformers has loaded the weights.
+    """
+    read = {
+        module
+        for module, where in places(model).items()
+        if module in names and any(child in weights_read(cast(Any, type(parent))) for parent, child in where)
+    }
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    sources = {tied[f"{name}.weight"] for module in read for name in names[module] if f"{name}.weight" in tied}
+    return read | {
+        module
+        for module, found in names.items()
+        if isinstance(module, nn.Embedding)
+        and (any(_is_tied(output, module) for output in read) or any(f"{name}.weight" in sources for name in found))
+    }
 
 
 def _projection(module: nn.Module, name: str, scheme: Scheme) -> Extra:

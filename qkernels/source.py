@@ -1,5 +1,7 @@
 """What the source of a forward shows: whether layers that it calls get one input, which nothing in between can change.
 
+And what its bytecode shows: layers whose weights it uses itself.
+
 Where torch counts changes of tensors, nobody needs this. In inference mode and under torch.compile it does not, and
 there only such a proof lets layers share a product. What is not understood is not proved.
 """
@@ -7,9 +9,12 @@ there only such a proof lets layers share a product. What is not understood is n
 from __future__ import annotations
 
 import ast
+import dis
+import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 # Methods of tensors that change nothing.
@@ -90,3 +95,36 @@ def _module_called(node: ast.AST, self_name: str) -> str | None:
 def _arguments(node: ast.AST) -> list[ast.expr]:
     assert isinstance(node, ast.Call)
     return [*node.args, *(keyword.value for keyword in node.keywords)]
+
+
+@functools.cache
+def weights_read(kind: Any) -> frozenset[str]:
+    """Attributes X of which methods of a class of modules read self.X.weight, for more than its device.
+
+    Those that set a model up do not count. Read from bytecode, which is there where source is not.
+    """
+    found = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins", "qkernels"):
+            continue
+        for name, member in vars(base).items():
+            function = inspect.unwrap(member) if callable(member) else None
+            if isinstance(function, FunctionType) and not any(s in name for s in ("init", "tie", "resize", "reset")):
+                found |= {attribute for code in _codes(function.__code__) for attribute in _weights_loaded(code)}
+    return frozenset(found)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and of what is defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _weights_loaded(code: CodeType) -> Iterator[str]:
+    """The X of each `.X.weight`."""
+    names = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in dis.get_instructions(code)]
+    for attribute, weight, use in zip(names, names[1:], [*names[2:], None], strict=False):
+        if attribute is not None and weight == "weight" and use != "device":
+            yield attribute

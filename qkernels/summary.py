@@ -59,7 +59,7 @@ class QuantizationReport:
 
     Attributes:
         layers: the quantized ones, in the model's order.
-        skipped: names of the Linears that were left alone.
+        skipped: names of the Linears, and the like, that were left alone.
         seconds: that it took.
         merged: groups of layers that are multiplied in one launch, and siblings that are not, with the reason.
     """

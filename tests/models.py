@@ -58,6 +58,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_SPECIAL,
         },
     ),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": 99, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+            "decoder_start_token_id": 0, "initializer_factor": 2.0, "feed_forward_proj": "gated-gelu",
+        },
+    ),
 }  # fmt: skip
 
 
@@ -85,7 +93,7 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Ten
     if name == "whisper":
         features = torch.randn(2, 16, 48, generator=generator).to(dtype)
         return {"input_features": features, "decoder_input_ids": tokens}
-    return {"input_ids": tokens}
+    return {"input_ids": tokens, "decoder_input_ids": tokens} if name == "t5" else {"input_ids": tokens}
 
 
 def output(model: Any, arguments: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import qkernels
@@ -49,7 +50,8 @@ def test_every_architecture(name: str, tmp_path: pathlib.Path) -> None:
     assert (QuantExperts in kinds) == (name in ("mixtral", "gpt_oss"))
     left = [n for n, m in model.named_modules() if type(m) in (nn.Linear,) or type(m).__name__ == "Conv1D"]
     assert set(left) == set(report.skipped)
-    assert all(n.endswith(("lm_head", "proj_out")) for n in left), left
+    # T5 casts what goes into `wo` to the dtype of its weight
+    assert all(n.endswith(("lm_head", "proj_out", "DenseReluDense.wo")) for n in left), left
     found = models.output(model, arguments)
     torch.testing.assert_close(found, models.output(dequantized(model, original), arguments), atol=2e-3, rtol=2e-3)
     assert not torch.allclose(found, models.output(original, arguments), atol=1e-3)
@@ -62,6 +64,39 @@ def test_every_architecture(name: str, tmp_path: pathlib.Path) -> None:
         for parameter in fresh.parameters():
             parameter.data.zero_()
         assert torch.equal(models.output(qkernels.load(path, fresh), arguments), found)
+
+
+class _Reads(nn.Module):
+    """A model that uses weights of its layers itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.tokens = nn.Embedding(7, 32), nn.Embedding(50, 32)
+        self.up, self.down, self.odd = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)
+        self.head, self.scored = nn.Linear(32, 50, bias=False), nn.Linear(32, 50)
+        self.scored.weight = self.tokens.weight
+        self.reset_odd()
+
+    def reset_odd(self) -> None:
+        self.up.weight.data.mul_(1.5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids.to(self.up.weight.device)) + self.positions.weight[: ids.shape[1]]
+        x = self.down(self.up(x).to(self.down.weight.dtype))
+        return self.head(x @ self.odd.weight) + self.score(x)
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([F.linear(row, weight) for row, weight in ((x, self.scored.weight),)])[0]
+
+
+def test_layers_whose_weight_the_model_reads_are_left_alone() -> None:
+    model, ids = _Reads(), torch.arange(14).reshape(2, 7)
+    report = qkernels.quantize_model(model, "w8g32", embeddings="w8g32", progress=False)
+    assert report.skipped == ("down", "odd", "scored", "positions", "tokens")
+    assert [layer.name for layer in report.layers] == ["up", "head"]
+    assert torch.isfinite(model(ids)).all()
+    again = qkernels.quantize_model(_Reads(), "w8g32", schemes={"odd": "w4g32"}, progress=False)
+    assert "odd" in [layer.name for layer in again.layers]
 
 
 def test_a_name_of_experts_is_left_alone_with_its_sibling() -> None:
