@@ -7,6 +7,7 @@ each row to the weight of its own expert by the op of ops_experts.py.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
@@ -58,6 +59,16 @@ def register() -> None:
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register("qkernels", experts_forward)
+
+
+def _register_if_there() -> None:
+    if "transformers" in sys.modules:
+        register()
+
+
+QuantExperts.unpickled.append(
+    _register_if_there
+)  # a pickled model names "qkernels", in a process that does not know it
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qkernels.formats.native import VERSION, Entry, FormatError, parse_entry, quantization_config
 from qkernels.model import check_method, method_for, quantize_extras, quantize_model
-from qkernels.nn import PARTS, QuantModule
+from qkernels.nn import PARTS, QuantEmbedding, QuantModule
 from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.selection import DEFAULT_SKIP, Extra, check_weight, select
@@ -135,6 +135,11 @@ class QKernelsHfQuantizer(HfQuantizer):
         if config.weights is not None:
             self._put_empty(model, config.weights)
             return model
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map: what is offloaded to a disk cannot be quantized; save a quantized model first"
+            )
         if config.calibration is None:
             with linears_for_conv1d(model):
                 chosen = select(model, config.scheme, config.skip, config.schemes, config.embeddings)
@@ -235,6 +240,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         }
         config.calibration = None
         for layer in layers.values():
+            if isinstance(layer, QuantEmbedding) and not layer.weight.is_meta:
+                layer.like.data = layer.like.to(layer.weight.device)
             for name in PARTS:  # the loader takes every floating parameter for one to be trained
                 if (parameter := layer._parameters.get(name)) is not None:
                     parameter.requires_grad_(False)
