@@ -22,6 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qkernels.formats.native import VERSION, Entry, FormatError, parse_entry, quantization_config
+from qkernels.integrations.experts import renaming
 from qkernels.model import check_method, method_for, quantize_extras, quantize_model
 from qkernels.nn import PARTS, QuantEmbedding, QuantModule
 from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
@@ -153,8 +154,10 @@ class QKernelsHfQuantizer(HfQuantizer):
         prefix = f"{model.base_model_prefix}."
         where = places(model)
         names = {}
+        rename = renaming(model)  # a checkpoint of another package has names that transformers changes
         for name, entry in weights.items():
-            spellings = [name, prefix + name, name.removeprefix(prefix)]  # of a base model, or a model with a head
+            # of a base model, or a model with a head
+            spellings = [name, prefix + name, name.removeprefix(prefix), rename(name)]
             found = next(((s, place) for s in spellings if (place := slot(model, s)) is not None), None)
             if found is None:
                 continue  # another head's: transformers tells of tensors that it has no use for
