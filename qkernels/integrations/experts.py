@@ -37,9 +37,9 @@ def fuse_experts(kind: Any, config: Any, tensors: dict[str, Tensor | QTensor]) -
         if isinstance(tensor, QTensor):
             renamed = rename(name)
             for converter in converters:
-                for place, pattern in enumerate(converter._original_source_patterns):
+                for place, pattern in enumerate(_patterns(converter, "source")):
                     if match := re.fullmatch(r"(.*?)" + _expert(pattern), renamed):
-                        target = match[1] + converter._original_target_patterns[0]
+                        target = match[1] + _patterns(converter, "target")[0]
                         found.setdefault(f"{target}.weight", {})[int(match["expert"]), place] = name
     rest = dict(tensors)
     for target, members in found.items():
@@ -67,6 +67,12 @@ def renaming(model: Any) -> Callable[[str], str]:
         return name
 
     return rename
+
+
+def _patterns(converter: Any, end: str) -> list[str]:
+    """The "source" or "target" patterns of a conversion as they were written; transformers 5.0 keeps no others."""
+    patterns: list[str] = getattr(converter, f"_original_{end}_patterns", None) or getattr(converter, f"{end}_patterns")
+    return patterns
 
 
 def _stacks(converter: Any) -> bool:
