@@ -76,7 +76,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Some models give the weights of all experts, (tokens, experts).
     """
-    if not isinstance(self.down_proj, QuantExperts):  # this layer was left alone
+    # A layer that was left alone; and of some files, one projection is quantized and not the other.
+    if sum(isinstance(self._modules.get(name), QuantExperts) for name in _PROJECTIONS) != 2:
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
     tokens, choices = top_k_index.shape
     expert = top_k_index.reshape(-1)
