@@ -7,6 +7,7 @@ each row to the weight of its own expert by the op of ops_experts.py.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
@@ -60,12 +61,23 @@ def register() -> None:
     ExpertsInterface.register("qkernels", experts_forward)
 
 
+def _register_if_there() -> None:
+    if "transformers" in sys.modules:
+        register()
+
+
+QuantExperts.unpickled.append(
+    _register_if_there
+)  # a pickled model names "qkernels", in a process that does not know it
+
+
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of an experts module: hidden_states (tokens, H), choices and their weights (tokens, k) -> (tokens, H).
 
     Some models give the weights of all experts, (tokens, experts).
     """
-    if not isinstance(self.down_proj, QuantExperts):  # this layer was left alone
+    # A layer that was left alone; and of some files, one projection is quantized and not the other.
+    if sum(isinstance(self._modules.get(name), QuantExperts) for name in _PROJECTIONS) != 2:
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
     tokens, choices = top_k_index.shape
     expert = top_k_index.reshape(-1)

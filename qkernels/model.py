@@ -22,7 +22,7 @@ from qkernels.merge import SIBLINGS, check_groups, merge_siblings
 from qkernels.planning.result import Plan
 from qkernels.replace import counterpart, linears_for_conv1d, places, put
 from qkernels.scheme import Scheme, as_scheme
-from qkernels.selection import DEFAULT_SKIP, Extra, check_quantizable, check_weight, select
+from qkernels.selection import DEFAULT_SKIP, Extra, check_extra, check_quantizable, check_weight, select
 from qkernels.summary import LayerReport, QuantizationReport
 from qkernels.tensor import QTensor, quantize
 
@@ -122,7 +122,7 @@ def quantize_model(
         for name, (linear, own) in plan.items():
             check_quantizable(name, linear, own)
         for name, extra in chosen.extras.items():
-            check_weight(name, extra.weight(), extra.scheme)
+            check_extra(name, extra)
         where = places(model)
         batches = None
         if plan and (method != "rtn" or smooth or distill):

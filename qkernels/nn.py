@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,8 @@ class QuantEmbedding(QuantModule):
         self.num_embeddings, self.embedding_dim = weight.shape
         # Empty, never stored, and first: transformers takes the dtype of a model's first floating parameter for that of
         # its activations, and an embedding is what it meets first.
-        self.like = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        device = torch.device("cpu") if weight.packed.is_meta else weight.device  # it has no values to wait for
+        self.like = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         self._parameters = {"like": self._parameters.pop("like"), **self._parameters}
 
     @property
@@ -198,6 +199,8 @@ class QuantExperts(QuantModule):
     torch.Size([3, 32])
     """
 
+    unpickled: ClassVar[list[Callable[[], None]]] = []  # what a model needs that comes with such layers
+
     def __init__(self, weight: QTensor, experts: int):
         super().__init__(weight)
         if weight.order is not None:
@@ -205,6 +208,11 @@ class QuantExperts(QuantModule):
         if experts < 1 or weight.shape[0] % experts:
             raise ValueError(f"{weight.shape[0]} rows are not those of {experts} experts")
         self.num_experts, self.out_features = experts, weight.shape[0] // experts
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        for prepare in self.unpickled:
+            prepare()
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
         """x (rows, in_features), expert (rows,) -> (rows, out_features); zeros where expert is num_experts or more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,7 +29,11 @@ def places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 def put(layer: nn.Module, where: Iterable[tuple[nn.Module, str]]) -> None:
     """Set the layer at places of a model."""
     for parent, child in where:
+        hook = getattr(parent._modules[child], "_hf_hook", None)
         setattr(parent, child, layer)
+        if hook is not None and isinstance(layer, QuantModule) and not hasattr(layer, "_hf_hook"):
+            # accelerate's, which moves what the layer gets to its device
+            importlib.import_module("accelerate.hooks").add_hook_to_module(layer, hook)
         if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, QuantModule):
             parent.activation_relu_or_gelu = 0  # else its fused path takes the packed codes for a float weight
 

@@ -29,11 +29,13 @@ class Extra:
         weight: gives it as a float matrix, detached; rows are what a scale per channel belongs to.
         scheme: to quantize it by.
         put: puts what it became in its place.
+        replaced: gives the layers that go: the embedding, and output layers that are tied to it.
     """
 
     weight: Callable[[], Tensor]
     scheme: Scheme
     put: Callable[[QTensor], None]
+    replaced: Callable[[], Sequence[nn.Module]] = lambda: ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,14 +165,18 @@ def _embedding(model: nn.Module, name: str, module: nn.Embedding, scheme: Scheme
     if module.max_norm is not None:
         raise ValueError(f"{name} has a max_norm, which changes its weight in use: it cannot be quantized")
 
+    def outputs() -> list[nn.Module]:
+        return [output for output in places(model) if _is_tied(output, module)]
+
     def place(weight: QTensor) -> None:
         where = places(model)
         layer = counterpart(module, weight)
-        for output in [output for output in where if _is_tied(output, module)]:
+        for output in outputs():
             put(tie(counterpart(output, weight), layer), where[output])
         put(layer, where[module])
 
-    return Extra(lambda: module.weight.detach(), scheme, place)  # not bound: a loader may replace the weight
+    # not bound: a loader may replace the weight
+    return Extra(lambda: module.weight.detach(), scheme, place, lambda: [module, *outputs()])
 
 
 def _is_tied(module: nn.Module, to: nn.Embedding) -> bool:
@@ -185,12 +191,24 @@ def _fits(pattern: str, names: Sequence[str]) -> bool:
 def check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
     """Raise ValueError or TypeError, naming the layer, unless it can be replaced by a quantized one."""
     check_weight(name, linear.weight.detach(), scheme)
+    _check_hooks(name, linear)
+
+
+def check_extra(name: str, extra: Extra) -> None:
+    """Likewise for another weight."""
+    check_weight(name, extra.weight(), extra.scheme)
+    for layer in extra.replaced():
+        _check_hooks(name if isinstance(layer, nn.Embedding) else f"an output layer tied to {name}", layer)
+
+
+def _check_hooks(name: str, layer: nn.Module) -> None:
+    """Raise ValueError if a layer that is to be replaced has what would go with it."""
     if (
-        "forward" in vars(linear)
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
+        "forward" in vars(layer)
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
     ):
         raise ValueError(f"{name} has hooks or a forward of its own, which would be lost: remove them first")
 

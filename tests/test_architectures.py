@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -111,6 +112,37 @@ def test_a_name_of_experts_is_left_alone_with_its_sibling() -> None:
     torch.testing.assert_close(
         models.output(model, arguments), models.output(dequantized(model, twin), arguments), atol=2e-3, rtol=2e-3
     )
+
+
+@pytest.mark.parametrize("other", ["gate_up_proj", "down_proj"])
+def test_files_with_one_of_two_projections(other: str, tmp_path: pathlib.Path) -> None:
+    """Such a layer of experts runs as transformers has it, one expert after the other."""
+    original, arguments = models.make("mixtral"), models.inputs("mixtral")
+    model, path = copy.deepcopy(original), tmp_path / "model.safetensors"
+    qkernels.quantize_model(model, "w4g32", method="rtn", progress=False)
+    qkernels.save(model, path)
+    tensors, name = qkernels.load(path), f"model.layers.1.mlp.experts.{other}"
+    del tensors[f"{name}.weight"]
+    qkernels.save({**tensors, name: original.get_parameter(name).data}, path)
+    mixed = qkernels.load(path, models.make("mixtral"))
+    wanted = models.output(dequantized(mixed, original), arguments)
+    torch.testing.assert_close(models.output(mixed, arguments), wanted, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.1.mlp.experts.down_proj"])
+def test_an_order_of_inputs_where_there_can_be_none_is_named(name: str, tmp_path: pathlib.Path) -> None:
+    model, path = models.make("mixtral"), tmp_path / "model.safetensors"
+    qkernels.quantize_model(model, "w4g32", method="rtn", embeddings="w8g32", progress=False)
+    qkernels.save(model, path)
+    tensors = qkernels.load(path)
+    weight = tensors[f"{name}.weight"]
+    order = torch.randperm(weight.in_features).to(torch.int32)
+    qkernels.save({**tensors, f"{name}.weight": dataclasses.replace(weight, order=order)}, path)
+    fresh = models.make("mixtral")
+    kinds = [type(module) for module in fresh.modules()]
+    with pytest.raises(qkernels.FormatError, match=rf"{name}\.weight has an order of inputs"):
+        qkernels.load(path, fresh)
+    assert [type(module) for module in fresh.modules()] == kinds
 
 
 def test_schemes_by_name_reach_experts_and_embeddings() -> None:

@@ -48,6 +48,14 @@ def test_an_embedding_cannot_be_everything() -> None:
     with pytest.raises(ValueError, match="0 has a max_norm"):
         qkernels.quantize_model(model, "w4g32", embeddings="w8c", progress=False)
     assert type(model[1]) is nn.Linear
+    model = nn.Sequential(nn.Embedding(5, 64), nn.Linear(64, 64), nn.Linear(64, 5, bias=False))
+    model[2].weight = model[0].weight
+    for hooked, name in ((0, "0"), (2, "an output layer tied to 0")):
+        handle = model[hooked].register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=f"^{name} has hooks"):
+            qkernels.quantize_model(model, "w4g32", embeddings="w8c", skip=["2"], progress=False)
+        assert [type(layer) for layer in model] == [nn.Embedding, nn.Linear, nn.Linear]
+        handle.remove()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -168,6 +168,32 @@ def test_what_torchao_quantized_and_transformers_saved(tmp_path: pathlib.Path) -
     torch.testing.assert_close(models.output(ours, arguments), models.output(theirs, arguments), atol=1e-4, rtol=1e-4)
 
 
+def test_names_that_transformers_changes(tmp_path: pathlib.Path) -> None:
+    """A checkpoint of Qwen2-VL calls model.layers what is model.language_model.layers in the model."""
+    import transformers
+
+    text = {
+        "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    source = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    qkernels.quantize_model(source.model.language_model, "w4g32", method="rtn", progress=False)
+    folder = write(tmp_path / "theirs", source, *FORMATS["gptq"][1:])
+    path = folder / "model-00001-of-00001.safetensors"
+    state = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+    assert "model.layers.0.mlp.up_proj.qweight" in state
+    safetensors.torch.save_file(state, path, {"format": "pt"})
+    model, arguments = qkernels.load(folder), models.inputs("llama")
+    assert isinstance(model.model.language_model.layers[0].mlp.up_proj, QuantLinear)
+    assert torch.equal(models.output(model, arguments), models.output(source, arguments))
+
+
 def test_act_order_permutes_inputs_and_nothing_else(tmp_path: pathlib.Path) -> None:
     source, arguments = quantized("llama"), models.inputs("llama")
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -243,3 +245,32 @@ def test_experts_are_stored_as_the_model_has_them(tmp_path: pathlib.Path) -> Non
     names = config["quantization_config"]["weights"]
     assert names["model.layers.0.mlp.experts.gate_up_proj.weight"] == {"scheme": "w4g32", "shape": [4 * 192, 64]}
     assert "_experts_implementation" not in json.dumps(config)
+
+
+def test_a_loaded_model_is_where_its_weights_are(tmp_path: pathlib.Path) -> None:
+    """Nothing of a QuantEmbedding stays on the meta device: model.device is where users put their inputs."""
+    folder = saved("llama-tied", tmp_path / "float")
+    model = load("llama-tied", folder, quantization_config=QKernelsConfig("w4g32", embeddings="w8g32"))
+    model.save_pretrained(tmp_path / "quantized")
+    found, arguments = models.output(model, models.inputs("llama-tied")), models.inputs("llama-tied")
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    offloaded = {"device_map": {**devices, "model.rotary_emb": "cpu", "lm_head": "cpu"}, "offload_folder": tmp_path}
+    for options in ({}, {"device_map": "auto"}, offloaded):
+        again = load("llama-tied", tmp_path / "quantized", **options)
+        assert again.device.type == again.model.embed_tokens.like.device.type == "cpu"
+        assert torch.equal(models.output(again, arguments), found)
+    with pytest.raises(ValueError, match="offloaded to a disk cannot be quantized"):
+        load("llama-tied", folder, quantization_config=QKernelsConfig("w4g32"), **offloaded)
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path: pathlib.Path) -> None:
+    model = models.make("mixtral")
+    qkernels.quantize_model(model, "w4g32", method="rtn", progress=False)
+    arguments = models.inputs("mixtral")
+    torch.save((model, arguments, models.output(model, arguments)), tmp_path / "model.pt")
+    code = f"""import torch
+model, arguments, found = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+with torch.no_grad():
+    print("same", torch.allclose(model(**arguments).logits, found, atol=1e-4))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "same True" in done.stdout, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,23 +25,21 @@ def fuse_experts(kind: Any, config: Any, tensors: dict[str, Tensor | QTensor]) -
     if not any(re.search(r"\.experts\.\d+\.", name) for name, t in tensors.items() if isinstance(t, QTensor)):
         return tensors
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.core_model_loading import WeightConverter
 
     with torch.device("meta"):
         model = kind(config)
+    rename = renaming(model)
     mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter) and _stacks(entry)]
     found: dict[str, dict[tuple[int, int], str]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, QTensor):
-            renamed = name
-            for renaming in renamings:
-                renamed, _ = renaming.rename_source_key(renamed)
+            renamed = rename(name)
             for converter in converters:
-                for place, pattern in enumerate(converter._original_source_patterns):
+                for place, pattern in enumerate(_patterns(converter, "source")):
                     if match := re.fullmatch(r"(.*?)" + _expert(pattern), renamed):
-                        target = match[1] + converter._original_target_patterns[0]
+                        target = match[1] + _patterns(converter, "target")[0]
                         found.setdefault(f"{target}.weight", {})[int(match["expert"]), place] = name
     rest = dict(tensors)
     for target, members in found.items():
@@ -53,6 +52,27 @@ def fuse_experts(kind: Any, config: Any, tensors: dict[str, Tensor | QTensor]) -
         except ValueError as error:
             raise FormatError(f"{target}: experts cannot be stacked: {error}") from None
     return rest
+
+
+def renaming(model: Any) -> Callable[[str], str]:
+    """What gives the model's own name of a weight for the one that a checkpoint has, as transformers renames it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    entries = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        for entry in entries:
+            name, _ = entry.rename_source_key(name)
+        return name
+
+    return rename
+
+
+def _patterns(converter: Any, end: str) -> list[str]:
+    """The "source" or "target" patterns of a conversion as they were written; transformers 5.0 keeps no others."""
+    patterns: list[str] = getattr(converter, f"_original_{end}_patterns", None) or getattr(converter, f"{end}_patterns")
+    return patterns
 
 
 def _stacks(converter: Any) -> bool:

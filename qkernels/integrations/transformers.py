@@ -22,8 +22,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qkernels.formats.native import VERSION, Entry, FormatError, parse_entry, quantization_config
+from qkernels.integrations.experts import renaming
 from qkernels.model import check_method, method_for, quantize_extras, quantize_model
-from qkernels.nn import PARTS, QuantModule
+from qkernels.nn import PARTS, QuantEmbedding, QuantModule
 from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.selection import DEFAULT_SKIP, Extra, check_weight, select
@@ -134,8 +135,14 @@ class QKernelsHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        device_map = kwargs.get("device_map")
+        offloaded = isinstance(device_map, Mapping) and "disk" in device_map.values()
         if config.weights is not None:
             self._put_empty(model, config.weights)
+        elif offloaded:
+            raise ValueError(
+                "device_map: what is offloaded to a disk cannot be quantized; save a quantized model first"
+            )
         elif config.calibration is None:
             with linears_for_conv1d(model):
                 chosen = select(model, config.scheme, config.skip, config.schemes, config.embeddings)
@@ -153,8 +160,10 @@ class QKernelsHfQuantizer(HfQuantizer):
         prefix = f"{model.base_model_prefix}."
         where = places(model)
         names = {}
+        rename = renaming(model)  # a checkpoint of another package has names that transformers changes
         for name, entry in weights.items():
-            spellings = [name, prefix + name, name.removeprefix(prefix)]  # of a base model, or a model with a head
+            # of a base model, or a model with a head
+            spellings = [name, prefix + name, name.removeprefix(prefix), rename(name)]
             found = next(((s, place) for s in spellings if (place := slot(model, s)) is not None), None)
             if found is None:
                 continue  # another head's: transformers tells of tensors that it has no use for
@@ -249,6 +258,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         # A new one: the user's may be asked for another model.
         self.quantization_config = model.config.quantization_config = QKernelsConfig(**quantization_config(entries))
         for layer in layers.values():
+            if isinstance(layer, QuantEmbedding) and not layer.weight.is_meta:
+                layer.like.data = layer.like.to(layer.weight.device)
             for name in PARTS:  # the loader takes every floating parameter for one to be trained
                 if (parameter := layer._parameters.get(name)) is not None:
                     parameter.requires_grad_(False)
