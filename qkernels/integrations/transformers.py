@@ -140,9 +140,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         if config.weights is not None:
             self._put_empty(model, config.weights)
         elif offloaded:
-            raise ValueError(
-                "device_map: what is offloaded to a disk cannot be quantized; save a quantized model first"
-            )
+            raise ValueError("device_map: what goes to a disk cannot be quantized; save a quantized model first")
         elif config.calibration is None:
             with linears_for_conv1d(model):
                 chosen = select(model, config.scheme, config.skip, config.schemes, config.embeddings)
