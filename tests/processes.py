@@ -84,5 +84,5 @@ def _serve(rank: int, meeting: str, pipe: multiprocessing.connection.Connection)
         try:
             torch.manual_seed(0)
             pipe.send((None, function(*arguments)))
-        except Exception:
+        except BaseException:  # as those of pytest are
             pipe.send((traceback.format_exc(), None))

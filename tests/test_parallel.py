@@ -20,6 +20,7 @@ import qkernels
 from qkernels import QTensor, QuantLinear
 from qkernels.nn import QuantModule
 from qkernels.parallel import ColwiseParallel, RowwiseParallel, sharded
+from qkernels.parallel.shards import joined
 from tests.processes import Processes
 from tests.tiny_model import TOKENS, TinyModel
 
@@ -55,6 +56,9 @@ def test_shards_are_the_very_values_of_the_whole(scheme: str) -> None:
         assert {part.shape for part in columns} == {(6, 288 // ranks)}
         assert all(part.scheme == q.scheme for part in rows + columns)
         assert all(t.is_contiguous() for part in rows + columns for t in part.tensors)
+        for again in (joined(rows, 0), joined(columns, 1)):
+            assert again.shape == q.shape
+            assert all(torch.equal(*pair) for pair in zip(again.tensors, q.tensors, strict=True))
         if ranks > 1:
             assert all(part.packed.untyped_storage().nbytes() < q.packed.nbytes for part in rows + columns)
 
@@ -67,6 +71,8 @@ def test_shards_of_empty_and_odd_weights() -> None:
             assert all(part.shape == wanted for part in parts)
     # a row that has one group alone may be cut anywhere; a short last group is one of a row's last part
     short = qkernels.quantize(torch.randn(4, 50), "w3g64f")
+    again = joined([sharded(short, 1, r, 2) for r in (0, 1)], 1)
+    assert all(torch.equal(*pair) for pair in zip(again.tensors, short.tensors, strict=True))
     assert torch.equal(torch.cat([sharded(short, 1, r, 2).dequantize() for r in (0, 1)], dim=1), short.dequantize())
     odd = qkernels.quantize(torch.randn(4, 42), "w5c")
     assert torch.equal(torch.cat([sharded(odd, 1, r, 2).dequantize() for r in (0, 1)], dim=1), odd.dequantize())
@@ -160,9 +166,9 @@ def block_in_two(scheme: str, shape: tuple[int, ...], ordered: bool, plan: dict[
         y = model(x)
         (y * torch.linspace(-1, 1, 10)).sum().backward()
         grads = [p.grad for p in (model.gate.bias, model.down.bias, model.head.bias)]
-        with torch.no_grad():
+        with torch.inference_mode():
             again = model(x)
-        found.append((y.detach(), again, x.grad, *grads))
+        found.append((y.detach(), again.clone(), x.grad, *grads))
     shapes = {n: (tuple(m.weight.shape), m.out_features, m.in_features) for n, m in part.named_children()}
     return *found, shapes, repr(part.down)
 

@@ -281,6 +281,10 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "llama", {"scheme": "w4g16", "method": "search", "calibration": "random"}, TP,
         ": calibration needs the whole model in one process",
     ),
+    (
+        "gpt_oss", {"scheme": "w4g32", "method": "search", "calibration": "random"}, TP,
+        ": calibration needs the whole model in one process",
+    ),
 ]  # fmt: skip
 
 
@@ -300,7 +304,8 @@ def test_what_cannot_be_cut_is_named(
         loaded(folder, quantize, None).save_pretrained(tmp_path / "quantized")
         asked.append((tmp_path / "quantized", None))
     for where, how in asked:
-        assert all(message in said for said in processes.run(refusal, where, how, distribute))
+        for said in processes.run(refusal, where, how, distribute):
+            assert message in said
 
 
 @needs_styles

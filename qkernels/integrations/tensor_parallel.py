@@ -24,7 +24,8 @@ from qkernels.parallel.shards import check_split
 from qkernels.replace import weight_shape
 from qkernels.scheme import Scheme
 
-_MARK = "_qkernels_held"
+_MARK = "_qkernels_held"  # of a module
+_GUARDED = "_qkernels_guarded"  # of a style
 _COLWISE = {"colwise": False, "colwise_rep": True, "colwise_gather_output": True}  # whether outputs are gathered
 _ROWWISE = {"rowwise": False, "rowwise_rep": True, "rowwise_split_input": True}  # whether the input comes whole
 _AS_IT_IS = ("replicate", "mla_kv_a_proj")  # the layer stays whole; the latter takes care of a gradient
@@ -94,7 +95,7 @@ def hold(model: Any, schemes: Mapping[str, Scheme], others: Container[str], cali
     ties = {target: source.removesuffix(".weight") for target, source in model.all_tied_weights_keys.items()}
     found = []
     for name, module in modules.items():
-        if calibrated and isinstance(module, (nn.Linear, nn.Embedding)):
+        if calibrated and (isinstance(module, (nn.Linear, nn.Embedding)) or projections(module)):
             why_not = "calibration needs the whole model in one process: quantize it there, and load what that saved"
             found.append(Held(name, module, (), why_not=why_not))
         elif name in schemes:
@@ -118,8 +119,8 @@ def hold(model: Any, schemes: Mapping[str, Scheme], others: Container[str], cali
 def _guard_styles() -> None:
     """Let styles do nothing to modules that are marked."""
     for name, style in _all_styles().items():
-        if not hasattr(style, _MARK):
-            setattr(style, _MARK, name)
+        if not hasattr(style, _GUARDED):
+            setattr(style, _GUARDED, True)
             for method, instead in _INSTEAD.items():
                 if hasattr(style, method):
                     setattr(style, method, _guarded(getattr(style, method), functools.partial(instead, name)))
