@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {"vocab_size": 96}  # which two processes can share
 DEEPSEEK: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "n_group": 2, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "qk_nope_head_dim": 16, "first_k_dense_replace": 1, "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
 INPUTS = {"input_ids": torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))}
@@ -41,21 +41,31 @@ INPUTS = {"input_ids": torch.randint(3, 90, (2, 7), generator=torch.Generator().
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     found = Processes(tmp_path_factory.mktemp("processes"))
+    found.run(imported)
     yield found
     found.stop()
 
 
-def saved(name: str, folder: pathlib.Path) -> pathlib.Path:
+def imported() -> None:
+    """Import what takes long."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import LlamaForCausalLM
+
+    assert LlamaForCausalLM is not None
+
+
+def saved(name: str, folder: pathlib.Path, sizes: dict[str, Any] = SIZES) -> pathlib.Path:
     """A folder with a float model."""
     import transformers
 
-    if name == "deepseek_v3":
+    if name == "deepseek_v2":
         torch.manual_seed(0)
-        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**DEEPSEEK, **SIZES))
+        model = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**DEEPSEEK, **sizes))
     else:
         config, kind, arguments = models.MODELS[name]
         torch.manual_seed(0)
-        model = getattr(transformers, kind)(getattr(transformers, config)(**{**arguments, **SIZES}))
+        model = getattr(transformers, kind)(getattr(transformers, config)(**{**arguments, **sizes}))
     model.save_pretrained(folder)
     return folder
 
@@ -135,7 +145,7 @@ def check(answers: list[dict[str, Any]], wanted: dict[str, Any]) -> set[type]:
         ("phi3", {"scheme": "w4g16"}, {ColwiseLinear, RowwiseLinear}),
         ("mixtral", {"scheme": "w4g16", "embeddings": "w8c"}, None),
         ("gpt_oss", {"scheme": "w4g32"}, None),
-        ("deepseek_v3", {"scheme": "w4g16"}, None),
+        ("deepseek_v2", {"scheme": "w4g16"}, None),
     ],
 )
 def test_a_model_over_two_processes(
@@ -148,6 +158,18 @@ def test_a_model_over_two_processes(
     for where, asked in ((folder, quantize), (tmp_path / "quantized", None)):
         found = check(processes.run(seen_in_two, where, asked, {"tp_plan": "auto"}), wanted)
         assert kinds is None or {kind for kind in found if kind.__name__ != "QuantLinear"} == kinds
+
+
+@needs_styles
+def test_a_vocabulary_that_processes_cannot_share_stays_whole(tmp_path: pathlib.Path, processes: Processes) -> None:
+    folder = saved("llama-tied", tmp_path / "float", {"vocab_size": 99})
+    quantize = {"scheme": "w4g16", "embeddings": "w8c"}
+    model = loaded(folder, quantize, None)
+    model.save_pretrained(tmp_path / "quantized")
+    wanted = seen(model)
+    for where, asked in ((folder, quantize), (tmp_path / "quantized", None)):
+        answers = processes.run(seen_in_two, where, asked, {"tp_plan": "auto"})
+        assert check(answers, wanted) == {ColwiseLinear, RowwiseLinear, QuantEmbedding, QuantLinear}
 
 
 @needs_styles
