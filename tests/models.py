@@ -75,7 +75,11 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
     config, model, arguments = MODELS[name]
     torch.manual_seed(0)
-    return getattr(transformers, model)(getattr(transformers, config)(**arguments)).to(dtype).eval()
+    made = getattr(transformers, model)(getattr(transformers, config)(**arguments))
+    for parameter_name, parameter in made.named_parameters():
+        if parameter_name.endswith("bias"):  # zeros would hide a bias that is lost, or another expert's
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made.to(dtype).eval()
 
 
 def model_class(name: str) -> Any:

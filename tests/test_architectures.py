@@ -114,6 +114,23 @@ def test_a_name_of_experts_is_left_alone_with_its_sibling() -> None:
     )
 
 
+def test_weights_of_all_experts_and_experts_of_another_process() -> None:
+    """Some models give experts (tokens, experts) weights; others an index past the last for what is not theirs."""
+    model = models.make("gpt_oss")
+    qkernels.quantize_model(model, "w4g32", method="rtn", progress=False)
+    experts: Any = model.model.layers[0].mlp.experts
+    x, index, weights = torch.randn(3, 64), torch.tensor([[2, 0], [1, 3], [3, 0]]), torch.rand(3, 4)
+    with torch.no_grad():
+        found = experts(x, index, weights.gather(1, index))
+        assert torch.equal(experts(x, index, weights), found)
+        elsewhere = torch.tensor([[2, 4], [4, 4], [3, 0]])
+        part = experts(x, elsewhere, weights.gather(1, index))
+        assert torch.equal(part[1], torch.zeros(64))
+        torch.testing.assert_close(part[2], found[2])
+        alone = experts(x[:1], index[:1], weights[:1].gather(1, index[:1]) * torch.tensor([1.0, 0.0]))
+        torch.testing.assert_close(part[0], alone[0])
+
+
 @pytest.mark.parametrize("other", ["gate_up_proj", "down_proj"])
 def test_files_with_one_of_two_projections(other: str, tmp_path: pathlib.Path) -> None:
     """Such a layer of experts runs as transformers has it, one expert after the other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
 
 import pytest
@@ -154,3 +155,14 @@ def test_a_layer_with_an_order_of_inputs() -> None:
     model = nn.ModuleDict({"q_proj": layer, "k_proj": copy.deepcopy(layer), "v_proj": copy.deepcopy(layer)})
     merged = qkernels.merge_siblings(nn.Sequential(model))
     assert merged.apart == ((("0.q_proj", "0.k_proj", "0.v_proj"), "an order of inputs of its own"),)
+
+
+def test_loading_into_quantized_layers_keeps_dtype_and_mode(tmp_path: pathlib.Path) -> None:
+    model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 32)).to(torch.bfloat16).train()
+    model[1].eval()
+    qkernels.quantize_model(model, "w4g32", embeddings="w8g32", progress=False)
+    qkernels.save(model, tmp_path / "model.safetensors")
+    for _ in range(2):
+        assert model[0](torch.tensor([3])).dtype is torch.bfloat16
+        assert (model[0].training, model[1].training) == (True, False)
+        qkernels.load(tmp_path / "model.safetensors", model)
