@@ -26,8 +26,12 @@ def save(source: nn.Module | Mapping[str, Tensor | QTensor], path: Path) -> None
     The file appears whole or not at all. Layout: formats/native.py.
 
     Args:
-        source: a module (its parameters and persistent buffers; QuantLinears as quantized weights) or a mapping.
+        source: a module (its parameters and persistent buffers; quantized layers as quantized weights) or a mapping.
         path: of the file.
+
+    Raises:
+        TypeError, ValueError: source is neither, or holds only a process's part of a layer.
+        OSError: the file cannot be written.
     """
     if not isinstance(source, (nn.Module, Mapping)):
         raise TypeError(f"source must be a module or a mapping of names to tensors, got {type(source).__name__}")
@@ -36,6 +40,8 @@ def save(source: nn.Module | Mapping[str, Tensor | QTensor], path: Path) -> None
         return
     tensors: dict[str, Tensor | QTensor] = dict(source.state_dict(keep_vars=False))
     for name, layer in _quantized_weights(source).items():
+        if layer.is_part:
+            raise ValueError(f"{name} is a part of a weight, of one of several processes: save_pretrained gathers them")
         for suffix in native.parts_of(layer.qweight):
             tensors.pop(name + suffix, None)
         tensors[name] = layer.qweight

@@ -31,6 +31,7 @@ class QuantModule(nn.Module):
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter | None
     weight_order: nn.Parameter | None
+    is_part = False  # whether it has only the rows or columns of one of several processes
     _converted = "bias"  # the one parameter whose dtype changes with the model's
 
     def __init__(self, weight: QTensor):

@@ -151,3 +151,11 @@ def test_a_state_dict_of_another_scheme_is_refused() -> None:
         assert all(torch.equal(t, before[n]) for n, t in made[one].state_dict().items() if n != "weight")
     with pytest.raises(RuntimeError, match="weight_zero"):
         made["w4g32"].load_state_dict(made["w4g32s"].state_dict())
+
+
+def test_a_part_of_a_layer_is_not_taken_for_the_layer(tmp_path: pathlib.Path) -> None:
+    model = nn.Sequential(QuantLinear(qkernels.quantize(torch.randn(8, 64), "w4g32")))
+    model[0].is_part = True  # as of layers that are cut for several processes
+    with pytest.raises(ValueError, match=r"0\.weight is a part of a weight"):
+        qkernels.save(model, tmp_path / "file")
+    assert not (tmp_path / "file").exists()

@@ -122,6 +122,17 @@ def test_an_output_layer_with_codes_of_its_own_beside_the_embedding_that_it_was_
         assert torch.equal(models.output(m, arguments), models.output(wanted, arguments))
 
 
+def test_an_output_layer_and_its_embedding_with_different_codes(tmp_path: pathlib.Path) -> None:
+    folder, arguments = saved("llama-tied", tmp_path / "float"), models.inputs("llama-tied")
+    config = QKernelsConfig("w4g32", schemes={"lm_head": "w8cs"}, embeddings="w8g32")
+    model = load("llama-tied", folder, quantization_config=config)
+    found = models.output(model, arguments)
+    model.save_pretrained(tmp_path / "quantized")
+    for again in (load("llama-tied", tmp_path / "quantized"), qkernels.load(tmp_path / "quantized")):
+        assert [str(layer.scheme) for layer in (again.lm_head, again.model.embed_tokens)] == ["w8cs", "w8g32"]
+        assert torch.equal(models.output(again, arguments), found)
+
+
 def test_calibration_and_options_reach_quantize_model(tmp_path: pathlib.Path) -> None:
     folder, arguments = saved("llama", tmp_path / "float"), models.inputs("llama")
     batches = [torch.randint(0, 99, (4, 16), generator=torch.Generator().manual_seed(5))]

@@ -171,7 +171,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             names[found[0]] = entry
         for target, source in dict(model.all_tied_weights_keys).items():
             place = slot(model, target)
-            if source in names and place is not None:
+            if source in names and place is not None and names.get(target, names[source]) == names[source]:
                 if target not in names:  # as where other packages stored the embedding alone
                     place.put(names[source].on_meta(), where.get(place.module, ()))
                 for part in names[source].parts("") - {""}:

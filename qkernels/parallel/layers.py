@@ -98,6 +98,7 @@ class ColwiseLinear(QuantLinear):
     in_features and out_features are those of the part; so is a state_dict.
     """
 
+    is_part = True
     group: Group
     gather: bool  # whether outputs of all rows are wanted
 
@@ -117,6 +118,7 @@ class RowwiseLinear(QuantLinear):
     in_features is that of the part; so is a state_dict, but for the bias, which is whole and added once.
     """
 
+    is_part = True
     group: Group
     split: bool  # whether x comes whole
 
