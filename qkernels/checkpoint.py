@@ -13,6 +13,7 @@ from qkernels.formats import native
 from qkernels.formats.native import FormatError, Path
 from qkernels.merge import merge_siblings
 from qkernels.nn import QuantEmbedding, QuantModule
+from qkernels.pretrained import describe
 from qkernels.replace import Slot, places, slot, tie, weight_shape
 from qkernels.siblings import MergedLinear
 from qkernels.tensor import QTensor
@@ -75,6 +76,7 @@ def load(path: Path, model: nn.Module | None = None, device: torch.device | str 
     _tie_again(model, ties, tensors)
     if merged:
         merge_siblings(model, sorted(merged))
+    describe(model)
     return model
 
 

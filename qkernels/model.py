@@ -20,6 +20,7 @@ from qkernels.calibrate.smooth import METHODS as SMOOTHINGS
 from qkernels.calibrate.smooth import smoothed
 from qkernels.merge import SIBLINGS, check_groups, merge_siblings
 from qkernels.planning.result import Plan
+from qkernels.pretrained import describe
 from qkernels.replace import counterpart, linears_for_conv1d, places, put
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.selection import DEFAULT_SKIP, Extra, check_extra, check_quantizable, check_weight, select
@@ -55,7 +56,7 @@ def quantize_model(
     experts: they become QuantExperts. Subclasses of nn.Linear, and output layers called lm_head unless you say
     otherwise, are left alone; so are layers whose weight the code of the model reads itself (`wo` of T5), which would
     take codes for floats, unless `schemes` names them. A weight that another module shares stays there, and the Linear
-    gets codes of its own.
+    gets codes of its own. A transformers model keeps it all with save_pretrained.
 
     Args:
         model: any module; weights float16, bfloat16 or float32, on CPU or GPU.
@@ -143,6 +144,7 @@ def quantize_model(
             del linear  # the float weight goes before the next layer comes
         layers += quantize_extras(chosen.extras, method)
     merged = merge_siblings(model, groups) if groups else None
+    describe(model)
     return QuantizationReport(tuple(layers), chosen.skipped, time.perf_counter() - start, merged)
 
 

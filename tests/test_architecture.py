@@ -31,6 +31,7 @@ FLOORS = {
     "qkernels.nn": 5,
     "qkernels.experts": 5,
     "qkernels.replace": 5,
+    "qkernels.pretrained": 5,
     "qkernels.siblings": 5,
     "qkernels.merge": 5,
     "qkernels.formats": 5,

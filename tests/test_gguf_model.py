@@ -336,7 +336,12 @@ def test_the_class_of_a_configuration() -> None:
             model_class(PretrainedConfig())
 
 
-def test_files_of_no_known_model_are_refused(tmp_path: pathlib.Path) -> None:
+def test_files_of_no_known_model_are_refused(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    damaged = bytearray(whole.read_bytes())
+    damaged[damaged.index(b"llama")] = 128  # no UTF-8
+    (tmp_path / "damaged.gguf").write_bytes(damaged)
+    with pytest.raises(FormatError, match="general.architecture: UnicodeDecodeError"):
+        _state(tmp_path / "damaged.gguf")
     metadata, tensors = _llama(tmp_path)
     path = _write(tmp_path / "model.gguf", "strange", "made up", metadata, tensors)
     with pytest.raises(FormatError, match="transformers makes no model of architecture 'strange': ValueError"):
@@ -432,9 +437,8 @@ def test_rows_and_columns_may_move_together(tmp_path: pathlib.Path, monkeypatch:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("whole")
-    return _make(folder, "llama").read_bytes()
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return _make(tmp_path_factory.mktemp("whole"), "llama")  # not its bytes: Hypothesis would print them
 
 
 _CHANGES = st.tuples(st.integers(0, 900) | st.integers(900, 4000), st.sampled_from([0, 1, 127, 128, 255]))
@@ -443,17 +447,17 @@ _CHANGES = st.tuples(st.integers(0, 900) | st.integers(900, 4000), st.sampled_fr
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(_CHANGES, min_size=1, max_size=3))
 def test_damaged_metadata_is_refused_or_read(
-    whole: bytes, tmp_path: pathlib.Path, changes: list[tuple[int, int]]
+    whole: pathlib.Path, tmp_path: pathlib.Path, changes: list[tuple[int, int]]
 ) -> None:
-    assert whole.index(b"tokenizer.ggml.tokens") < 900 < 4000 < len(whole)
-    damaged = bytearray(whole)
+    damaged = bytearray(whole.read_bytes())
+    assert damaged.index(b"tokenizer.ggml.tokens") < 900 < 4000 < len(damaged)
     for place, value in changes:
         damaged[place] = value
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damaged)
     with contextlib.suppress(FormatError):
         _, state = _state(path)
-        assert sum(t.nbytes for t in state.values()) <= 4 * len(whole)
+        assert sum(t.nbytes for t in state.values()) <= 4 * len(damaged)
 
 
 @pytest.mark.slow

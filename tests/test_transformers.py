@@ -69,6 +69,18 @@ def test_load_reads_what_save_pretrained_wrote(name: str, tmp_path: pathlib.Path
         assert tied == (name in ("llama-tied", "gpt2", "gemma2"))  # whisper's is not called lm_head
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gpt2"])
+def test_what_quantize_model_quantized_is_saved_by_save_pretrained(name: str, tmp_path: pathlib.Path) -> None:
+    model, arguments = models.make(name), models.inputs(name)
+    qkernels.quantize_model(model, "w4g32", method="rtn", embeddings="w8g32", progress=False)
+    found = models.output(model, arguments)
+    model.save_pretrained(tmp_path / "quantized")
+    qkernels.load(tmp_path / "quantized", models.make(name)).save_pretrained(tmp_path / "again")
+    for folder in ("quantized", "again"):
+        assert torch.equal(models.output(load(name, tmp_path / folder), arguments), found)
+        assert torch.equal(models.output(qkernels.load(tmp_path / folder), arguments), found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", ["w4g32", "w8cs-bf16", "w3g16f-fp32"])
 def test_scales_keep_their_dtype_in_models_of_another(scheme: str, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:

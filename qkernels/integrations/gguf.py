@@ -53,7 +53,8 @@ def model_state(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, di
         raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     reader = gguf.open_file(path)
     field = reader.fields.get("general.architecture")
-    architecture = field.contents() if field else None
+    with _refusing(path, "general.architecture"):  # its bytes may be no text
+        architecture = field.contents() if field else None
     if not isinstance(architecture, str):
         raise FormatError(f"{path}: general.architecture must be a string, got {architecture!r:.100}")
     with _refusing(path, f"transformers makes no model of architecture {architecture!r}"):

@@ -25,6 +25,7 @@ from qkernels.formats.native import VERSION, Entry, FormatError, parse_entry, qu
 from qkernels.integrations.experts import renaming
 from qkernels.model import check_method, method_for, quantize_extras, quantize_model
 from qkernels.nn import PARTS, QuantEmbedding, QuantModule
+from qkernels.pretrained import describe
 from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.selection import DEFAULT_SKIP, Extra, check_weight, select
@@ -242,20 +243,12 @@ class QKernelsHfQuantizer(HfQuantizer):
                     **config.options,
                 )
         self._model, self._schemes, self._extras = None, {}, {}
-        layers = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, QuantModule)
-        }
-        tied = getattr(model, "all_tied_weights_keys", {})
-        entries = {  # as in the files, where what is tied is stored once
-            f"{name}.weight": Entry.of(layer.qweight)
-            for name, layer in layers.items()
-            if not _is_stored_elsewhere(layers, tied, name)
-        }
+        describe(model)
         # A new one: the user's may be asked for another model.
-        self.quantization_config = model.config.quantization_config = QKernelsConfig(**quantization_config(entries))
-        for layer in layers.values():
+        self.quantization_config = QKernelsConfig(**model.config.quantization_config)
+        model.config.quantization_config = self.quantization_config
+        layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+        for layer in layers:
             if isinstance(layer, QuantEmbedding) and not layer.weight.is_meta:
                 layer.like.data = layer.like.to(layer.weight.device)
             for name in PARTS:  # the loader takes every floating parameter for one to be trained
@@ -265,9 +258,6 @@ class QKernelsHfQuantizer(HfQuantizer):
             from qkernels.integrations.tensor_parallel import cut
 
             self._is_cut, self._held = cut(model, self._held), []
-        # Weights are stored as the model has them, under its names, which are those of config.json: a conversion of
-        # float weights cannot be undone on codes.
-        model._weight_conversions = []
         return model
 
     def is_serializable(self) -> bool:
@@ -281,12 +271,6 @@ class QKernelsHfQuantizer(HfQuantizer):
         from qkernels.integrations.tensor_parallel import whole_state_dict
 
         return whole_state_dict(model), {}
-
-
-def _is_stored_elsewhere(layers: Mapping[str, QuantModule], tied: Mapping[str, str], name: str) -> bool:
-    """Whether the weight of a layer is tied to another's, under whose name save_pretrained stores it."""
-    source = tied.get(f"{name}.weight", "").removesuffix(".weight")
-    return source != name and source in layers and layers[source].weight is layers[name].weight
 
 
 def check_all_loaded(path: object, model: Any, info: Mapping[str, Any]) -> None:
