@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -676,6 +678,47 @@ def test_the_readme_has_the_newest_result(
     written = (tmp_path / "README.md").read_text()
     assert "NVIDIA Imaginary" in written
     assert "| w8ts |" in written  # the demo's
+
+
+@pytest.mark.parametrize("with_gpu", [True, False])
+def test_the_notebook_of_speed_shows_what_there_is(
+    with_gpu: bool, results: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cells, with the result file and the stand-in for a GPU, or without both."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(harness, "machine", _machine)
+    monkeypatch.setattr(harness, "newest", ({"matmul": results} if with_gpu else {}).get)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
+    monkeypatch.setattr(harness, "measure", functools.partial(harness.measure, replays=1))
+    layers = (problems.Layer("o", 64, 256), problems.Layer("gate_up", 1024, 1024))
+    monkeypatch.setitem(problems.MODELS, "Llama-3-8B", layers)
+    cells = json.loads((harness.ROOT / "notebooks/04_speed.ipynb").read_text())["cells"]
+    shown: list[Any] = []
+    names: dict[str, Any] = {"display": shown.append}
+    capsys.readouterr()
+    with pyplot.rc_context():
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    printed = capsys.readouterr().out
+    tables = [item.data for item in shown if type(item).__name__ == "Markdown"]
+    pictures = [item for item in shown if type(item).__name__ == "Image"]
+    assert ("no kernel of this library has been timed" in printed) == (not with_gpu)
+    assert ("There is no GPU here: nothing is timed." in printed) == (not with_gpu)
+    assert "energy: no result file" in printed
+    if with_gpu:
+        assert "matmul: nvidia-imaginary" in printed
+        assert "Llama-3-8B gate_up w4g128 M=128: cublas 12." in printed
+        assert len(tables) == 2  # of the file, and of what was measured on the spot
+        assert "| qkv | 64 | 256 | 1 | 4.0 | 12.1 |" in tables[0]
+        assert "| gate_up | 1024 | 1024 | 128 | 4." in tables[1]
+        assert "suite notebook" in tables[1]
+        assert not any("![" in table for table in tables)
+        assert len(pictures) == 2 * 2  # figures of one scheme
+    else:
+        assert not shown
 
 
 def test_the_readme_is_checked(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

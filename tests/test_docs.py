@@ -39,6 +39,23 @@ def test_table_of_the_readme_is_that_of_the_result_file() -> None:
     assert readme.with_table(text, json.loads(readme.RESULT.read_text())) == text
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_stored_outputs_of_notebooks_are_whole_and_clean(path: pathlib.Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    for output in outputs:
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr"
+        data = output.get("data", {})
+        text = "".join(
+            "".join(part) for part in (output.get("text", ""), *data.values()) if part != data.get("image/png")
+        )
+        found = re.search(r"/(tmp|home|root|work|Users)/|\d+%\||\x1b", text)  # paths, progress bars, escapes
+        assert found is None, found
+
+
 def test_everything_public_is_documented() -> None:
     for name in qkernels.__all__:
         thing = getattr(qkernels, name)
