@@ -340,7 +340,7 @@ def test_files_of_no_known_model_are_refused(whole: pathlib.Path, tmp_path: path
     damaged = bytearray(whole.read_bytes())
     damaged[damaged.index(b"llama")] = 128  # no UTF-8
     (tmp_path / "damaged.gguf").write_bytes(damaged)
-    with pytest.raises(FormatError, match="general.architecture: UnicodeDecodeError"):
+    with pytest.raises(FormatError, match=r"general\.architecture: UnicodeDecodeError"):
         _state(tmp_path / "damaged.gguf")
     metadata, tensors = _llama(tmp_path)
     path = _write(tmp_path / "model.gguf", "strange", "made up", metadata, tensors)
