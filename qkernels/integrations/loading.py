@@ -64,12 +64,14 @@ def load_model(path: Path, device: Any = "cpu", dtype: torch.dtype | None = None
             flat[name] = tensor
     del tensors
     config.quantization_config = quantization_config(entries)
-    model, info = kind.from_pretrained(
-        None, config=config, state_dict=flat, dtype=dtype or getattr(config, "dtype", None) or torch.float32,
-        device_map=device,
-        output_loading_info=True, ignore_mismatched_sizes=True,  # check_all_loaded names them
-        **options,
-    )  # fmt: skip
+    try:
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=flat, dtype=dtype or getattr(config, "dtype", None) or torch.float32,
+            device_map=device, output_loading_info=True, ignore_mismatched_sizes=True,  # check_all_loaded names them
+            **options,
+        )  # fmt: skip
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
     ours.check_all_loaded(path, model, info)
     if folder is not None and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -130,6 +130,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._model: Any = None
         self._schemes: dict[str, Scheme] = {}  # of layers still to be quantized, by name
         self._failed: list[Exception] = []
+        self._shapes: dict[str, torch.Size] = {}  # of what a quantized checkpoint is loaded into
         self._extras: dict[str, Extra] = {}  # weights to be quantized when the model is loaded
         self._held: list[Any] = []  # what tensor parallelism must leave to us
         self._is_cut = False  # whether each process has a part of the weights
@@ -140,6 +141,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         offloaded = isinstance(device_map, Mapping) and "disk" in device_map.values()
         if config.weights is not None:
             self._put_empty(model, config.weights)
+            self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         elif offloaded:
             raise ValueError("device_map: what goes to a disk cannot be quantized; save a quantized model first")
         elif config.calibration is None:
@@ -222,6 +224,9 @@ class QKernelsHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if self._failed:
             raise self._failed[0]
+        for name, tensor in model.state_dict().items() if self._shapes else ():  # up to 5.22 nobody else looks
+            if tensor.shape != self._shapes.get(name, tensor.shape):
+                raise FormatError(f"the tensor for {name} has another shape than the model's: {tuple(tensor.shape)}")
         if config.weights is None and self._held:
             from qkernels.integrations.tensor_parallel import check_loaded_whole
 
