@@ -233,12 +233,11 @@ class QuantExperts(QuantModule):
         if not 0 <= i < self.num_experts:
             raise IndexError(f"expert must be from 0 to {self.num_experts - 1}, got {i}")
         rows = slice(i * self.out_features, (i + 1) * self.out_features)
-        whole = self.qweight
-        if whole.scheme.group_size == "tensor":
-            scale, zero = whole.scale, whole.zero
-        else:
-            scale, zero = whole.scale[:, rows], None if whole.zero is None else whole.zero[:, rows]
-        return QTensor(whole.packed[rows], scale, zero, whole.scheme, whole.in_features)
+        # Not by way of qweight, which would check the zeros of all experts for each of them.
+        scale, zero = self.weight_scale.data, None if self.weight_zero is None else self.weight_zero.data
+        if self.scheme.group_size != "tensor":
+            scale, zero = scale[:, rows], None if zero is None else zero[:, rows]
+        return QTensor(self.weight.data[rows], scale, zero, self.scheme, self.in_features)
 
     def extra_repr(self) -> str:
         """What repr shows between the parentheses."""

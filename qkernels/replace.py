@@ -47,7 +47,7 @@ def is_conv1d(module: Any) -> bool:
 def weight_shape(module: Any) -> tuple[int, int] | None:
     """Shape of the quantized weight that a layer has or could have; None for a layer that has no counterpart."""
     if isinstance(module, (QuantLinear, QuantEmbedding)):
-        return module.qweight.shape[0], module.in_features
+        return module.weight.shape[0], module.in_features
     if type(module) is nn.Linear:
         return module.out_features, module.in_features
     if is_conv1d(module):
