@@ -8,6 +8,7 @@ model = qkernels.load("model.gguf")    # or a folder: GPTQ, AWQ, compressed-tens
 
 from typing import Any
 
+from qkernels.activations import QuantizedActivations, quantize_activations
 from qkernels.checkpoint import save
 from qkernels.formats.native import FormatError
 from qkernels.loading import load
@@ -18,12 +19,13 @@ from qkernels.planning.plan import plan
 from qkernels.planning.result import Plan
 from qkernels.reporting.measure import report
 from qkernels.reporting.table import QualityReport
-from qkernels.scheme import Scheme
+from qkernels.scheme import Activations, Scheme
 from qkernels.siblings import MergedLinear
 from qkernels.summary import QuantizationReport
 from qkernels.tensor import QTensor, QuantizationError, quantize
 
 __all__ = [
+    "Activations",
     "FormatError",
     "MergedLinear",
     "Plan",
@@ -35,11 +37,13 @@ __all__ = [
     "QuantLinear",
     "QuantizationError",
     "QuantizationReport",
+    "QuantizedActivations",
     "Scheme",
     "load",
     "merge_siblings",
     "plan",
     "quantize",
+    "quantize_activations",
     "quantize_model",
     "report",
     "save",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qkernels import packing
+from qkernels.reference_int8 import SMALLEST_RANGE
 from qkernels.scheme import Scheme, as_scheme
 
 LARGEST_IN_FEATURES = 2**28 - 16  # kernels count the bits of a row, rounded up to lanes, in int32
@@ -31,12 +32,26 @@ class _Layout(NamedTuple):
 def _layout(scheme: str, out_features: int, in_features: int) -> _Layout:
     parsed = as_scheme(scheme)
     _check_in_features(in_features)
+    if parsed.activations is not None:
+        _check_sums(parsed, in_features)
     return _Layout(
         parsed,
         (out_features, packing.packed_words(parsed.bits, in_features)),
         parsed.scale_shape(out_features, in_features),
         {"symmetric": (), "affine": (torch.uint8,), "offset": DTYPES}[parsed.value_map],
     )
+
+
+def _check_sums(scheme: Scheme, in_features: int) -> None:
+    """Raise ValueError if the sum of the products of codes of one group might not fit an int32."""
+    assert scheme.activations is not None
+    largest = 128 if scheme.value_map == "symmetric" else scheme.code_max  # 4-bit symmetric ones count as 16 times that
+    most = (2**31 - 1) // (largest * (127 if scheme.activations.symmetric else 255))
+    if (length := min(in_features, scheme.group_length(in_features))) > most:
+        raise ValueError(
+            f"groups of {length} codes are too long for sums in int32 of scheme {str(scheme)!r}: {most} at most; "
+            "choose groups, or symmetric weights and activations"
+        )
 
 
 def check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, in_features: int) -> Scheme:
@@ -110,6 +125,39 @@ def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features
             raise ValueError(f"bias must be ({packed.shape[0]},) floating, got {found}")
         if bias.device != x.device:
             raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
+
+
+def check_static(activation: Tensor | None, scheme: Scheme, device: torch.device) -> None:
+    """Raise ValueError unless there is a static range of activations exactly where a scheme has one."""
+    static = scheme.activations is not None and scheme.activations.static
+    if activation is None:
+        if static:
+            raise ValueError(
+                f"scheme {str(scheme)!r} needs activation, the scale and zero of its inputs, which calibration finds"
+            )
+        return
+    if not static:
+        raise ValueError(f"activation must be None for scheme {str(scheme)!r}, whose activations are not static")
+    if activation.shape != (2,) or activation.dtype is not torch.float32:
+        raise ValueError(f"activation must be (2,) float32, got {tuple(activation.shape)} {activation.dtype}")
+    if activation.device != device:
+        raise ValueError(f"activation is on {activation.device} but packed is on {device}")
+
+
+def check_static_values(activation: Tensor | None, scheme: Scheme) -> None:
+    """Raise ValueError for a static scale or zero that is none. It waits for a GPU: not for every call."""
+    if activation is None or activation.is_meta or torch.compiler.is_compiling():
+        return
+    if type(activation) not in (Tensor, torch.nn.Parameter):
+        return  # no values to look at
+    assert scheme.activations is not None
+    scale, zero = activation.tolist()
+    zeros = range(1) if scheme.activations.symmetric else range(-128, 128)
+    if not (SMALLEST_RANGE <= scale <= 1 / SMALLEST_RANGE) or zero not in zeros:
+        raise ValueError(
+            f"activation must be a scale from 2^-119 to 2^119 and a zero from {zeros[0]} to {zeros[-1]}, got {scale:g} "
+            f"and {zero:g}"
+        )
 
 
 def check_quantize(w: Tensor, scheme: str) -> Scheme:

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.checks import check_activation, check_weight
+from qkernels import dispatch_int8, packing
+from qkernels.checks import check_activation, check_static, check_weight
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose
 from qkernels.tuning.configs import DenseConfig, MatmulConfig
 from qkernels.tuning.devices import device_of
 
-# (x, packed, scale, zero, bias) -> y, for tensors of one kind
-Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+# (x, packed, scale, zero, bias) -> y, for tensors of one kind; with static activations, their scale and zero come last
+Call = Callable[..., Tensor]
 
 _calls: dict[tuple[Any, ...], Call] = {}
 _MOST_CALLS = 8192  # every other number of tokens is a kind of its own; then all are decided again
@@ -35,6 +36,7 @@ def matmul(
     bias: Tensor | None,
     scheme: str,
     in_features: int,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) = x (..., K) @ dequantize(...).T + bias on a GPU (or in Triton's interpreter); see ops.matmul."""
     kind = (
@@ -44,14 +46,17 @@ def matmul(
         scale.shape, scale.stride(), scale.dtype, scale.get_device(),
         None if zero is None else (zero.shape, zero.stride(), zero.dtype, zero.get_device()),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
+        None if activation is None else (activation.shape, activation.dtype, activation.get_device()),
     )  # fmt: skip
     call = _calls.get(kind)
     if call is None:
-        call = _decide(x, packed, scale, zero, bias, scheme, in_features)
+        call = _decide(x, packed, scale, zero, bias, scheme, in_features, activation)
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
         _calls[kind] = call
-    return call(x, packed, scale, zero, bias)
+    if activation is None:
+        return call(x, packed, scale, zero, bias)
+    return call(x, packed, scale, zero, bias, activation)
 
 
 def forget() -> None:
@@ -67,13 +72,17 @@ def _decide(
     bias: Tensor | None,
     scheme: str,
     in_features: int,
+    activation: Tensor | None,
 ) -> Call:
     parsed = check_weight(packed, scale, zero, scheme, in_features)
     check_activation(x, packed, bias, in_features)
+    check_static(activation, parsed, packed.device)
     out_features, tokens = packed.shape[0], x.shape[:-1].numel()
     if tokens == 0 or out_features == 0 or in_features == 0:
         return _empty
     config = choose.matmul(tokens, out_features, in_features, parsed, x.dtype, device_of(x.get_device()))
+    if parsed.activations is not None:
+        return _of_codes(x, packed, scale, zero, bias, parsed, config)
     if isinstance(config, DenseConfig):
         return functools.partial(_dense, scheme=parsed, config=config)
     from qkernels.kernels import matmul as kernel
@@ -86,7 +95,42 @@ def _decide(
     return lambda *tensors: call(*_regular(*tensors))
 
 
-def _empty(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+def _of_codes(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    config: MatmulConfig | DenseConfig,
+) -> Call:
+    """Quantizes x, then multiplies codes."""
+    codes = torch.Size((*x.shape[:-1], packing.activation_words(scheme.bits, x.shape[-1])))
+    weight = regular_weight(packed, scale, zero, bias)
+    product = dispatch_int8.product(codes, *weight, scheme, x.shape[-1], x.dtype, config)
+
+    def call(
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        activation: Tensor | None = None,
+    ) -> Tensor:
+        codes, x_scale, x_zero = dispatch_int8.quantize_activations(x, scheme, activation)
+        return product(codes, x_scale, x_zero, *regular_weight(packed, scale, zero, bias))
+
+    return call
+
+
+def _empty(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    activation: Tensor | None = None,
+) -> Tensor:
     y = x.new_zeros((*x.shape[:-1], packed.shape[0]))
     return y if bias is None else y + bias.to(x.dtype)
 
@@ -94,16 +138,20 @@ def _empty(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: 
 def _regular(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As the kernels take them, copied where they are not: x, packed and bias dense, but for rows of x with gaps.
-
-    Scales and zeros are dense along N. Those of some rows of a larger weight, scale[:, a:b], need no copy.
-    """
+    """As the kernels take them, copied where they are not: x, packed and bias dense, but for rows of x with gaps."""
     if not (x.dim() == 2 and x.stride(1) == 1):
         x = x.contiguous()
+    return x, *regular_weight(packed, scale, zero, bias)
+
+
+def regular_weight(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Likewise. Scales and zeros are dense along N; those of some rows of a larger weight, scale[:, a:b], may stay."""
     dense = scale.is_contiguous() and (zero is None or zero.is_contiguous())
     if not dense and not (scale.stride(1) == 1 and (zero is None or zero.stride() == scale.stride())):
         scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
-    return x, packed.contiguous(), scale, zero, None if bias is None else bias.contiguous()
+    return packed.contiguous(), scale, zero, None if bias is None else bias.contiguous()
 
 
 def multiply(
@@ -116,6 +164,8 @@ def multiply(
     config: MatmulConfig | DenseConfig,
 ) -> Tensor:
     """y as a configuration says: unchecked, nothing remembered, all tensors as `_regular` gives them and none empty."""
+    if scheme.activations is not None:
+        return _of_codes(x, packed, scale, zero, bias, scheme, config)(x, packed, scale, zero, bias)
     if isinstance(config, DenseConfig):
         return _dense(x, packed, scale, zero, bias, scheme, config)
     from qkernels.kernels import matmul as kernel

@@ -84,6 +84,7 @@ def _must_agree(layer: QuantLinear) -> tuple[Any, ...]:
         layer.weight_scale.dtype,
         None if zero is None else zero.dtype,
         None if bias is None else (bias.dtype, bias.requires_grad),
+        None if layer.weight_activation is None else tuple(layer.weight_activation.tolist()),
     )
 
 
@@ -102,7 +103,7 @@ def _why_apart(layers: Sequence[QuantLinear], where: dict[nn.Module, list[tuple[
     if reason := next(filter(None, (_alone(layer, where) for layer in layers)), None):
         return reason
     keys = [_must_agree(layer) for layer in layers]
-    what = ("scheme", "in_features", "device", "dtype of scales", "dtype of zeros", "bias")
+    what = ("scheme", "in_features", "device", "dtype of scales", "dtype of zeros", "bias", "static activations")
     return "different " + ", ".join(
         w for w, values in zip(what, zip(*keys, strict=True), strict=True) if len({*values}) > 1
     )

@@ -10,20 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import ops, ops_experts
+from qkernels.activations import QuantizedActivations
 from qkernels.checks import DTYPES
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, quantize, reordered
 
 # names of the parameters of a quantized layer -> what QTensor calls them
-PARTS = {"weight": "packed", "weight_scale": "scale", "weight_zero": "zero", "weight_order": "order"}
+PARTS = {
+    "weight": "packed",
+    "weight_scale": "scale",
+    "weight_zero": "zero",
+    "weight_order": "order",
+    "weight_activation": "activation",
+}
 
 
 class QuantModule(nn.Module):
     """What quantized layers share: a weight, whose parts are parameters without gradient, and whose dtypes stay.
 
     They are parameters because sharding, offloading and tensor-parallel tools move parameters only: `weight` (packed,
-    int32), `weight_scale`, unless the scheme is symmetric `weight_zero` (uint8 zeros or float offsets), and where the
-    weight has an order of inputs of its own `weight_order` (int32). `.half()`, `.to(dtype)` and the like convert none
+    int32), `weight_scale`, unless the scheme is symmetric `weight_zero` (uint8 zeros or float offsets), where the
+    weight has an order of inputs of its own `weight_order` (int32), and where activations are static
+    `weight_activation` (float32). `.half()`, `.to(dtype)` and the like convert none
     of them: another scale would be another weight.
     """
 
@@ -31,6 +39,7 @@ class QuantModule(nn.Module):
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter | None
     weight_order: nn.Parameter | None
+    weight_activation: nn.Parameter | None
     is_part = False  # whether it has only the rows or columns of one of several processes
     _converted = "bias"  # the one parameter whose dtype changes with the model's
 
@@ -46,8 +55,9 @@ class QuantModule(nn.Module):
     @property
     def qweight(self) -> QTensor:
         """The weight as a QTensor that shares this layer's memory."""
-        zero, order = (None if p is None else p.data for p in (self.weight_zero, self.weight_order))
-        return QTensor(self.weight.data, self.weight_scale.data, zero, self.scheme, self.in_features, order)
+        others = (self.weight_zero, self.weight_order, self.weight_activation)
+        zero, order, activation = (None if p is None else p.data for p in others)
+        return QTensor(self.weight.data, self.weight_scale.data, zero, self.scheme, self.in_features, order, activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(keep_dtypes(fn, self._parameters.get(self._converted)), recurse)
@@ -102,9 +112,14 @@ class QuantLinear(QuantModule):
         layer = cls(quantize(linear.weight.detach(), scheme), linear.bias)
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedActivations) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         own = self._parameters  # a plain dict: attributes of a module cost a microsecond each
+        if type(x) is QuantizedActivations:
+            x.check_order(own["weight_order"])
+            weight = (own["weight"], own["weight_scale"], own["weight_zero"], own["bias"])
+            return x.linear(*weight, self.scheme, self.in_features)  # type: ignore[arg-type]
+        assert isinstance(x, Tensor)
         if (order := own["weight_order"]) is not None:
             x = reordered(x, order)
         return ops.matmul(
@@ -115,6 +130,7 @@ class QuantLinear(QuantModule):
             own["bias"],
             self._scheme,
             self.in_features,
+            own["weight_activation"],
         )
 
     def extra_repr(self) -> str:
@@ -147,6 +163,8 @@ class QuantEmbedding(QuantModule):
         super().__init__(weight)
         if weight.order is not None:
             raise ValueError("the weight of a QuantEmbedding cannot have an order of inputs")
+        if weight.scheme.activations is not None:
+            raise ValueError(f"a QuantEmbedding has no activations to quantize, got scheme '{weight.scheme}'")
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
         self.num_embeddings, self.embedding_dim = weight.shape
@@ -204,8 +222,8 @@ class QuantExperts(QuantModule):
 
     def __init__(self, weight: QTensor, experts: int):
         super().__init__(weight)
-        if weight.order is not None:
-            raise ValueError("the weight of QuantExperts cannot have an order of inputs")
+        if weight.order is not None or weight.activation is not None:
+            raise ValueError("the weight of QuantExperts cannot have an order of inputs, nor static activations")
         if experts < 1 or weight.shape[0] % experts:
             raise ValueError(f"{weight.shape[0]} rows are not those of {experts} experts")
         self.num_experts, self.out_features = experts, weight.shape[0] // experts

@@ -4,8 +4,10 @@
     qkernels::dequantize  packed, scale, zero          -> w (N, K)
     qkernels::matmul      x (..., K), packed, ...      -> y (..., N) = x @ w.T + bias
 
-CPU is the oracle of reference.py; CUDA is Triton. A scheme travels as its string. `zero` holds integer zeros or float
-offsets; symmetric schemes have none: None as an argument, an empty tensor as a result.
+A scheme with quantized activations makes matmul quantize x first: ops_int8.py has the two steps as ops of their own.
+
+CPU is the oracle of reference.py and reference_int8.py; CUDA is Triton. A scheme travels as its string. `zero` holds
+integer zeros or float offsets; symmetric schemes have none: None as an argument, an empty tensor as a result.
 
 The ops are defined with torch.library.Library and have an autograd kernel of their own, because host time per call is
 part of a decode step: torch.library.custom_op and register_autograd each add several microseconds.
@@ -20,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qkernels import dispatch, packing, reference
-from qkernels.checks import DTYPES, check_activation, check_dequantize, check_quantize, check_weight
+from qkernels import dispatch, packing, reference, reference_int8
+from qkernels.checks import DTYPES, check_activation, check_dequantize, check_quantize, check_static, check_weight
 from qkernels.scheme import as_scheme
 from qkernels.tuning import choose
 
@@ -33,8 +35,8 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    "matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, str scheme, SymInt in_features)"
-    " -> Tensor",
+    "matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, str scheme, SymInt in_features,"
+    " Tensor? activation=None) -> Tensor",
     tags=_TAGS,
 )
 _quantize_op = torch.ops.qkernels.quantize.default
@@ -123,11 +125,17 @@ def matmul_cpu(
     bias: Tensor | None,
     scheme: str,
     in_features: int,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """The op on a CPU."""
     parsed = check_weight(packed, scale, zero, scheme, in_features)
     check_activation(x, packed, bias, in_features)
-    return reference.matmul(x, packed, scale, zero, bias, parsed)
+    check_static(activation, parsed, packed.device)
+    if parsed.activations is None:
+        return reference.matmul(x, packed, scale, zero, bias, parsed)
+    codes = reference_int8.quantize_activations(x.reshape(-1, in_features), parsed.activations, activation)
+    y = reference_int8.matmul(*codes, packed, scale, zero, bias, parsed, x.dtype)
+    return y.reshape(*x.shape[:-1], packed.shape[0])
 
 
 def _matmul_fake(
@@ -138,22 +146,23 @@ def _matmul_fake(
     bias: Tensor | None,
     scheme: str,
     in_features: int,
+    activation: Tensor | None = None,
 ) -> Tensor:
     check_activation(x, packed, bias, in_features)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 class _MatmulFunction(torch.autograd.Function):
-    """Gradients for x and bias; codes, scales and zeros are constants."""
+    """Gradients for x and bias; codes, scales and zeros are constants, and so is what rounds x (straight-through)."""
 
     @staticmethod
-    def forward(x, packed, scale, zero, bias, scheme, in_features):  # type: ignore[no-untyped-def]
+    def forward(x, packed, scale, zero, bias, scheme, in_features, activation=None):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            return _matmul_op(x, packed, scale, zero, bias, scheme, in_features)
+            return _matmul_op(x, packed, scale, zero, bias, scheme, in_features, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, packed, scale, zero, bias, ctx.scheme, ctx.in_features = inputs
+        _, packed, scale, zero, bias, ctx.scheme, ctx.in_features = inputs[:7]
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(packed, scale, zero)
 
@@ -164,7 +173,7 @@ class _MatmulFunction(torch.autograd.Function):
             x_grad = grad @ _dequantize_op(*ctx.saved_tensors, ctx.scheme, ctx.in_features, grad.dtype)
         if ctx.needs_input_grad[4]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return x_grad, None, None, None, bias_grad, None, None
+        return x_grad, None, None, None, bias_grad, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
@@ -283,8 +292,12 @@ def matmul(
     bias: Tensor | None,
     scheme: str,
     in_features: int,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) = x (..., K) @ dequantize(...).T + bias, in x's dtype; x float16, bfloat16 or float32.
+
+    Where the scheme quantizes activations x is what its codes stand for; `activation` (2,) float32 is their scale and
+    zero, where these are static. NaN or infinity in a token then makes NaN of all its outputs.
 
     The same as torch.ops.qkernels.matmul, but where nothing is watching (no gradient, tracing, autocast or mode) it
     calls the implementation directly, which saves a few microseconds.
@@ -296,8 +309,8 @@ def matmul(
     if not torch.compiler.is_compiling() and not _needs_gradient(x, bias) and not _any_autocast():
         direct = _direct_matmul(x)
         if direct is not None:
-            return direct(x, packed, scale, zero, bias, scheme, in_features)
-    return _matmul_op(x, packed, scale, zero, bias, scheme, in_features)
+            return direct(x, packed, scale, zero, bias, scheme, in_features, activation)
+    return _matmul_op(x, packed, scale, zero, bias, scheme, in_features, activation)
 
 
 _any_autocast = torch._C._is_any_autocast_enabled

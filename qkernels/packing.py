@@ -141,3 +141,36 @@ def _unpack_lanes(block: Tensor, plane_bits: int, lane_bytes: int) -> Tensor:
         return byte.flatten(1)
     mask = 2**plane_bits - 1
     return torch.stack([(byte >> i) & mask for i in range(0, 8, plane_bits)], dim=-2).flatten(1)
+
+
+# ---- activations ----
+#
+# Codes of activations are bytes (int8), in the order in which a tensor core meets them beside packed weights: byte c of
+# a block of weights holds k = L * (c % 4) + c // 4, and L more in its upper half where two codes share a byte. So words
+# of activations, for blocks of as many k as a block of weights has, hold four k that lie L apart:
+#
+#     word i of a block    k = i,  L + i,  2 L + i,  3 L + i    (low byte first)    L = 16 beside 8 bits, 32 beside 4
+#
+# and no byte of either operand ever has to move. The last block is filled up with zeros, which add nothing to a
+# product.
+
+
+def activation_words(bits: int, in_features: int) -> int:
+    """int32 words of a token's activations, beside weights of `bits` bits: of whole blocks."""
+    return -(-in_features // block_columns(bits)) * block_columns(bits) // 4
+
+
+def pack_activations(code: Tensor, bits: int) -> Tensor:
+    """Codes (M, K) int8 -> (M, activation_words) int32, for weights of 4 or 8 bits."""
+    tokens, in_features = code.shape
+    block = block_columns(bits)
+    padded = torch.nn.functional.pad(code, (0, 4 * activation_words(bits, in_features) - in_features))
+    words = padded.reshape(tokens, padded.shape[1] // block, 4, block // 4).transpose(-1, -2)
+    return words.reshape(tokens, padded.shape[1]).view(torch.int32)
+
+
+def unpack_activations(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """The inverse: (M, activation_words) int32 -> (M, K) int8."""
+    code, block = packed.contiguous().view(torch.int8), block_columns(bits)
+    words = code.reshape(packed.shape[0], code.shape[1] // block, block // 4, 4).transpose(-1, -2)
+    return words.reshape(code.shape)[:, :in_features].contiguous()

@@ -12,6 +12,14 @@ A scheme is written as a short string, which is also what files and ops carry:
     w8ts          8 bits, one scale for the whole tensor, symmetric
     w3g64f        3 bits, groups of 64, affine with a float offset
     w4g128-bf16   scales stored in bfloat16 instead of float16
+
+Where inputs of a layer are quantized, too, so that codes meet codes on integer tensor cores, the string goes on:
+
+    w8cs-a8s      8-bit activations, each token with a scale of its own, found as it comes (dynamic), symmetric
+    w4g128-a8     the same, affine: each token has an integer zero, too
+    w8cs-a8ts     one scale for all tokens, found beforehand from calibration (static), symmetric
+
+and two of these have names of their own: "w8a8" is w8cs-a8s and "w4a8" is w4g128-a8s.
 """
 
 from __future__ import annotations
@@ -33,14 +41,39 @@ _MAP_SUFFIX: dict[ValueMap, str] = {"affine": "", "symmetric": "s", "offset": "f
 _DTYPE_SUFFIX = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _PATTERN = re.compile(
     r"w(?P<bits>[0-9]+)(?:(?P<unit>[ct])|g(?P<group>[0-9]+))(?P<map>[sf]?)(?:-(?P<dtype>fp16|bf16|fp32))?"
+    r"(?P<activations>-a8(?P<static>t?)(?P<symmetric>s?))?"
 )
+_NAMED = {"w8a8": "w8cs-a8s", "w4a8": "w4g128-a8s"}
+ACTIVATION_BITS = (4, 8)  # of weights that quantized activations can meet
 
 ACCEPTED = (
     "'w<bits 1..8>', then 't' (one scale per tensor), 'c' (per output channel) or 'g<size>' (per group of <size> "
     f"along K, a multiple of {GROUP_MULTIPLE}), then nothing (affine, integer zero), 's' (symmetric absmax, bits 2..8) "
-    "or 'f' (affine, float offset), then nothing or '-fp16', '-bf16', '-fp32' (dtype of the scales, default fp16); "
-    "for example 'w4g128', 'w8cs', 'w3g64f', 'w4g128-bf16'"
+    "or 'f' (affine, float offset), then nothing or '-fp16', '-bf16', '-fp32' (dtype of the scales, default fp16), "
+    "then nothing or '-a8' (8-bit activations; 't' after it: one static scale per tensor, else one per token; 's': "
+    "symmetric, else affine); for example 'w4g128', 'w8cs', 'w3g64f', 'w4g128-bf16', 'w8cs-a8s'; or 'w8a8' or 'w4a8'"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """How the inputs of a layer are quantized, to 8 bits.
+
+    Args:
+        static: whether one scale, found beforehand, serves all tokens; else each token gets its own as it comes.
+        symmetric: absmax, without a zero; else an integer zero goes with each scale.
+    """
+
+    static: bool = False
+    symmetric: bool = True
+
+    @property
+    def levels(self) -> float:
+        """Steps of a scale from zero (symmetric), or from the middle (affine), to the end of a range: codes of int8."""
+        return 127.0 if self.symmetric else 127.5
+
+    def __str__(self) -> str:
+        return "a8" + ("t" if self.static else "") + ("s" if self.symmetric else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +86,7 @@ class Scheme:
             be shorter), or "channel" for one scale per row, or "tensor" for one scale in all.
         value_map: "affine" (integer zero), "symmetric" (absmax, no stored zero) or "offset" (float offset).
         scale_dtype: storage dtype of scales and offsets: torch.float16, torch.bfloat16 or torch.float32.
+        activations: how inputs of the layer are quantized, for weights of 4 or 8 bits with integer zeros; None: not.
 
     Raises:
         TypeError, ValueError: a field is not one of the above; the message lists what is accepted.
@@ -62,6 +96,7 @@ class Scheme:
     group_size: GroupSize
     value_map: ValueMap = "affine"
     scale_dtype: torch.dtype = torch.float16
+    activations: Activations | None = None
     _text: str = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,17 +122,28 @@ class Scheme:
             raise ValueError(
                 f"scale_dtype must be one of {', '.join(map(str, _DTYPE_SUFFIX))}, got {self.scale_dtype!r}"
             )
+        if self.activations is not None:
+            if not isinstance(self.activations, Activations):
+                raise TypeError(f"activations must be qkernels.Activations or None, got {self.activations!r}")
+            if self.bits not in ACTIVATION_BITS or self.value_map == "offset":
+                raise ValueError(
+                    "quantized activations meet weights of 4 or 8 bits that are symmetric or have integer zeros, got "
+                    f"{self.bits} bits, {self.value_map}"
+                )
         group = self.group_size[0] if isinstance(self.group_size, str) else f"g{self.group_size}"
         dtype = "" if self.scale_dtype is torch.float16 else f"-{_DTYPE_SUFFIX[self.scale_dtype]}"
         # Once, not in __str__: every matmul asks for it, and torch.compile cannot format symbolic sizes.
-        object.__setattr__(self, "_text", f"w{self.bits}{group}{_MAP_SUFFIX[self.value_map]}{dtype}")
+        inputs = "" if self.activations is None else f"-{self.activations}"
+        object.__setattr__(self, "_text", f"w{self.bits}{group}{_MAP_SUFFIX[self.value_map]}{dtype}{inputs}")
 
     @staticmethod
     def parse(text: str) -> Scheme:
         """Read a scheme string; `str(scheme)` writes it back.
 
         >>> Scheme.parse("w4g128")
-        Scheme(bits=4, group_size=128, value_map='affine', scale_dtype=torch.float16)
+        Scheme(bits=4, group_size=128, value_map='affine', scale_dtype=torch.float16, activations=None)
+        >>> str(Scheme.parse("w8a8"))
+        'w8cs-a8s'
         """
         if not isinstance(text, str):
             raise TypeError(f"a scheme string is a str, got {type(text).__name__}; accepted: {ACCEPTED}")
@@ -127,6 +173,11 @@ class Scheme:
         return 2 ** (self.bits - 1)
 
     @property
+    def weight_only(self) -> Scheme:
+        """The same for weights, with activations left as they are."""
+        return dataclasses.replace(self, activations=None) if self.activations is not None else self
+
+    @property
     def zero_dtype(self) -> torch.dtype | None:
         """Storage dtype of the tensor that goes with the scales: integer zeros, float offsets, or none (symmetric)."""
         return {"symmetric": None, "affine": torch.uint8, "offset": self.scale_dtype}[self.value_map]
@@ -149,7 +200,7 @@ class Scheme:
 
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> Scheme:
-    match = _PATTERN.fullmatch(text)
+    match = _PATTERN.fullmatch(_NAMED.get(text, text))
     if not match:
         raise ValueError(f"{text!r} is not a scheme; accepted: {ACCEPTED}")
     units: dict[str, GroupSize] = {"c": "channel", "t": "tensor"}
@@ -159,6 +210,7 @@ def _parse(text: str) -> Scheme:
             group_size=units[match["unit"]] if match["unit"] else int(match["group"]),
             value_map=next(value_map for value_map, suffix in _MAP_SUFFIX.items() if suffix == match["map"]),
             scale_dtype=next((d for d, s in _DTYPE_SUFFIX.items() if s == match["dtype"]), torch.float16),
+            activations=Activations(bool(match["static"]), bool(match["symmetric"])) if match["activations"] else None,
         )
     except ValueError as error:
         raise ValueError(f"{text!r} is not a scheme: {error}; accepted: {ACCEPTED}") from None

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import ops
+from qkernels.activations import QuantizedActivations
 from qkernels.nn import QuantLinear, keep_dtypes
 from qkernels.tensor import QTensor, stacked_rows
 
@@ -53,6 +54,7 @@ class MergedWeight(nn.Module):
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter | None
+    weight_activation: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(self, layers: Sequence[QuantLinear], names: Sequence[str], forward: Callable[..., Any] | None):
@@ -71,6 +73,10 @@ class MergedWeight(nn.Module):
         self.register_parameter(
             "weight_zero", None if whole.zero is None else nn.Parameter(whole.zero, requires_grad=False)
         )
+        self.register_parameter(
+            "weight_activation",
+            None if whole.activation is None else nn.Parameter(whole.activation, requires_grad=False),
+        )
         trained = any(layer.bias is not None and layer.bias.requires_grad for layer in layers)
         self.register_parameter("bias", nn.Parameter(torch.cat(biases), requires_grad=trained) if biases else None)
         self.untaken = 0  # calls of the parent in a row
@@ -88,6 +94,7 @@ class MergedWeight(nn.Module):
             own["bias"],
             str(self.scheme),
             self.in_features,
+            own["weight_activation"],
         )
 
     def tensors(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -159,13 +166,17 @@ class MergedLinear(QuantLinear):
         lambda self: self.apart().weight_zero, doc="Zeros or offsets, a view; None for symmetric schemes."
     )
     weight_order = property(lambda self: None, doc="None: layers with an order of inputs are not merged.")
+    weight_activation = property(
+        lambda self: self.apart().weight_activation, doc="Scale and zero of static activations, shared by all; or None."
+    )
     bias = property(lambda self: self.apart().bias, doc="A view; None if there is none.")
 
     @property
     def qweight(self) -> QTensor:
         """The weight as a QTensor that shares this layer's memory."""
         packed, scale, zero, _ = self.shared.tensors(self.index)
-        return QTensor(packed.data, scale.data, None if zero is None else zero.data, self.scheme, self.in_features)
+        zero, activation = (None if t is None else t.data for t in (zero, self.shared.weight_activation))
+        return QTensor(packed.data, scale.data, zero, self.scheme, self.in_features, activation=activation)
 
     def apart(self) -> QuantLinear:
         """A plain QuantLinear over the same memory."""
@@ -174,8 +185,11 @@ class MergedLinear(QuantLinear):
             bias = nn.Parameter(bias.detach(), requires_grad=self.shared.bias.requires_grad)
         return QuantLinear(self.qweight, bias).train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedActivations) -> Tensor:
         """x (..., in_features) -> (..., out_features), possibly a view of a wider product."""
+        if type(x) is QuantizedActivations:
+            return x.linear(*self.shared.tensors(self.index), self.scheme, self.in_features)
+        assert isinstance(x, Tensor)
         shared = self._modules["shared"]
         assert isinstance(shared, MergedWeight)
         hooked = bool(self._forward_pre_hooks or self._forward_hooks)  # they get x, and may change it
@@ -188,7 +202,8 @@ class MergedLinear(QuantLinear):
             rows = scope.take(x, shared, self.index, _state(x, shared, scope, hooked))
             if rows is not None:
                 return rows
-        return ops.matmul(x, *shared.tensors(self.index), self._scheme, self.in_features)
+        activation = shared._parameters["weight_activation"]
+        return ops.matmul(x, *shared.tensors(self.index), self._scheme, self.in_features, activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return nn.Module._apply(self, fn, recurse)  # what must keep its dtype is `shared`'s business

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qkernels import checks, fit, ops, packing, reference
+from qkernels.activations import QuantizedActivations
 from qkernels.scheme import Scheme, as_scheme
 
 
@@ -75,10 +76,11 @@ class QTensor:
         in_features: K, which packed, being padded, does not tell.
         order: (K,) int32, a permutation: codes of column j belong to input feature order[j]. None: in their own order.
             Act-order GPTQ groups input features by their size, not by their place; on x, permuted, groups are runs.
+        activation: (2,) float32, scale and zero of all inputs, where the scheme has static activations.
 
     Raises:
-        ValueError: a tensor has another shape, dtype or device than the scheme asks for, a zero is no code, or order is
-            no permutation.
+        ValueError: a tensor has another shape, dtype or device than the scheme asks for, a zero is no code, order is no
+            permutation, or activation is no scale and zero.
     """
 
     packed: Tensor
@@ -87,11 +89,14 @@ class QTensor:
     scheme: Scheme
     in_features: int
     order: Tensor | None = None
+    activation: Tensor | None = None
 
     def __post_init__(self) -> None:
         checks.check_weight(self.packed, self.scale, self.zero, str(self.scheme), self.in_features)
         checks.check_zeros(self.zero, self.scheme)
         checks.check_order(self.order, self.packed, self.in_features)
+        checks.check_static(self.activation, self.scheme, self.packed.device)
+        checks.check_static_values(self.activation, self.scheme)
 
     @property
     def shape(self) -> torch.Size:
@@ -105,8 +110,9 @@ class QTensor:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored: packed, scale, zero and order, those of the last two that there are."""
-        return tuple(t for t in (self.packed, self.scale, self.zero, self.order) if t is not None)
+        """What is stored: packed, scale, and zero, order and activation, those that there are."""
+        all_five = (self.packed, self.scale, self.zero, self.order, self.activation)
+        return tuple(t for t in all_five if t is not None)
 
     @property
     def nbytes(self) -> int:
@@ -150,10 +156,10 @@ class QTensor:
         """The same codes and scales on another device. Dtypes stay: another scale would be another weight."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"QTensor.to changes the device alone, got {device}; q.dequantize({device}) gives a tensor")
-        zero, order = (None if t is None else t.to(device) for t in (self.zero, self.order))
-        return dataclasses.replace(
-            self, packed=self.packed.to(device), scale=self.scale.to(device), zero=zero, order=order
-        )
+        others = (self.zero, self.order, self.activation)
+        zero, order, activation = (None if t is None else t.to(device) for t in others)
+        packed, scale = self.packed.to(device), self.scale.to(device)
+        return QTensor(packed, scale, zero, self.scheme, self.in_features, order, activation)
 
     @classmethod
     def __torch_function__(
@@ -195,12 +201,16 @@ class TransposedQTensor:
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's name
+    if isinstance(input, QuantizedActivations) and isinstance(weight, QTensor):
+        input.check_order(weight.order)
+        return input.linear(weight.packed, weight.scale, weight.zero, bias, weight.scheme, weight.in_features)
     if not isinstance(weight, QTensor) or not isinstance(input, Tensor):
         raise TypeError(
             f"F.linear(x, q) takes a Tensor and a QTensor, got {type(input).__name__} and {type(weight).__name__}"
         )
     x = input if weight.order is None else reordered(input, weight.order)
-    return ops.matmul(x, weight.packed, weight.scale, weight.zero, bias, str(weight.scheme), weight.in_features)
+    beside = (bias, str(weight.scheme), weight.in_features, weight.activation)
+    return ops.matmul(x, weight.packed, weight.scale, weight.zero, *beside)
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:
@@ -227,6 +237,9 @@ def stacked_rows(weights: Sequence[QTensor]) -> QTensor:
             raise ValueError("one scale for a whole tensor, or an order of inputs of its own")
         if [t.dtype for t in other.tensors] != [t.dtype for t in first.tensors]:
             raise ValueError("scales of different dtypes")
+        given = (first.activation, other.activation)
+        if given[0] is not None and given[1] is not None and not torch.equal(given[0], given[1]):
+            raise ValueError("static activations of different scales")
     zeros = [weight.zero for weight in weights if weight.zero is not None]
     return dataclasses.replace(
         first,
@@ -236,7 +249,14 @@ def stacked_rows(weights: Sequence[QTensor]) -> QTensor:
     )
 
 
-def quantize(w: Tensor, scheme: str | Scheme, *, method: str = "rtn", importance: Tensor | None = None) -> QTensor:
+def quantize(
+    w: Tensor,
+    scheme: str | Scheme,
+    *,
+    method: str = "rtn",
+    importance: Tensor | None = None,
+    activation: Tensor | None = None,
+) -> QTensor:
     """Quantize a weight.
 
     Args:
@@ -246,6 +266,7 @@ def quantize(w: Tensor, scheme: str | Scheme, *, method: str = "rtn", importance
             "hqq" moves its zeros. See `qkernels.fit`.
         importance: (K,) what an error in a weight of input k costs, such as the mean square of that input; for "search"
             and "hqq".
+        activation: (2,) float32, scale and zero of all inputs, where the scheme has static activations.
 
     Raises:
         ValueError, TypeError: w is not such a tensor, the scheme or the method is not one, importance is given to "rtn"
@@ -269,7 +290,7 @@ def quantize(w: Tensor, scheme: str | Scheme, *, method: str = "rtn", importance
         checks.check_quantize(w, str(parsed))
         scale, zero = fit.fit(w, parsed, method, importance)
         packed = packing.pack(reference.encode(w, scale, zero, parsed), parsed.bits)
-    return QTensor(packed, scale, zero, parsed, w.shape[1])
+    return QTensor(packed, scale, zero, parsed, w.shape[1], activation=activation)
 
 
 def stored_bytes(scheme: str | Scheme, out_features: int, in_features: int) -> int:

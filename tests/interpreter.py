@@ -129,7 +129,7 @@ class _Results:
 def _inline_asm(
     self: Any, asm: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
 ) -> _Results:
-    """Each run of `pack` neighbouring elements is one invocation; 16-bit ones share registers, low half first."""
+    """Each run of `pack` neighbouring elements is one invocation; narrow ones share registers, the first lowest."""
     shape = np.broadcast_shapes(*(value.data.shape for value in values))
     registers: list[Array] = []
     for value in values:
@@ -217,7 +217,11 @@ def _fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
 _INSTRUCTIONS = {
     "mov.b32": lambda a: a.copy(),
     "shr.b32": lambda a, n: a >> n,
+    "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n,
+    "xor.b32": lambda a, b: a ^ b,
+    "and.b32": lambda a, b: a & b,
+    "sub.u32": lambda a, b: a - b,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
     "add.f16x2": _add_f16x2,

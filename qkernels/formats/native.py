@@ -34,7 +34,7 @@ from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
 
 VERSION = "1"
-SUFFIXES = ("", "_scale", "_zero", "_order")  # of the tensors of a weight
+SUFFIXES = ("", "_scale", "_zero", "_order", "_activation")  # of the tensors of a weight
 Path = str | os.PathLike[str]
 
 
@@ -89,7 +89,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
 
 def parts_of(weight: QTensor) -> dict[str, Tensor]:
     """{what is added to a weight's name: tensor} of what is stored of it."""
-    own = zip(SUFFIXES, (weight.packed, weight.scale, weight.zero, weight.order), strict=True)
+    own = zip(SUFFIXES, (weight.packed, weight.scale, weight.zero, weight.order, weight.activation), strict=True)
     return {suffix: tensor for suffix, tensor in own if tensor is not None}
 
 
@@ -208,12 +208,24 @@ class Entry:
                 self.scheme,
                 in_features,
                 torch.empty(in_features, dtype=torch.int32) if self.ordered else None,
+                torch.empty(2) if self._static else None,
             )
+
+    @property
+    def _static(self) -> bool:
+        return self.scheme.activations is not None and self.scheme.activations.static
 
     def parts(self, name: str) -> set[str]:
         """Names of the tensors that are the weight."""
-        zero = {f"{name}_zero"} if self.scheme.zero_dtype is not None else set()
-        return {name, f"{name}_scale", *zero} | ({f"{name}_order"} if self.ordered else set())
+        found = {name, f"{name}_scale"}
+        for suffix, there in (
+            ("_zero", self.scheme.zero_dtype is not None),
+            ("_order", self.ordered),
+            ("_activation", self._static),
+        ):
+            if there:
+                found.add(f"{name}{suffix}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +275,7 @@ def reader(config: Mapping[str, Any], metadata: Mapping[str, str]) -> readers.Re
             raise ValueError(f"a {weights[name].scheme} weight has no {min(found)}")
         return _weight(name, {suffix: readers.part(parts, f"weight{suffix}") for suffix in suffixes}, weights[name])
 
-    return readers.Reader("weight_scale", ("weight", "weight_zero", "weight_order"), decode)
+    return readers.Reader("weight_scale", ("weight", "weight_zero", "weight_order", "weight_activation"), decode)
 
 
 def _read_header(path: Path, metadata: dict[str, str] | None, names: set[str]) -> Header:
@@ -335,10 +347,10 @@ def _read_weight(path: Path, file: Any, name: str, entry: Entry) -> QTensor:
 
 def _weight(name: str, parts: Mapping[str, Tensor], entry: Entry) -> QTensor:
     """The weight whose tensors are called NAME + suffix."""
-    packed, scale, zero, order = (parts.get(suffix) for suffix in SUFFIXES)
+    packed, scale, zero, order, activation = (parts.get(suffix) for suffix in SUFFIXES)
     assert packed is not None
     assert scale is not None
-    weight = QTensor(packed, scale, zero, entry.scheme, entry.shape[1], order)
+    weight = QTensor(packed, scale, zero, entry.scheme, entry.shape[1], order, activation)
     if weight.shape != entry.shape:
         raise ValueError(f"metadata says {entry.shape[0]} rows, the packed tensor has {weight.shape[0]}")
     for what, values in (("scale", scale), ("zero", zero)):

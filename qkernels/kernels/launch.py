@@ -54,7 +54,7 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, programs: int, numbers: tuple[int, ...], constants: dict[str, Any], options: dict[str, Any]
+        self, kernel: Any, programs: int, numbers: tuple[float, ...], constants: dict[str, Any], options: dict[str, Any]
     ):
         self.kernel, self.programs, self.numbers = kernel, programs, numbers
         self.named = constants | options

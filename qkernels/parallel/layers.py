@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qkernels import ops
+from qkernels.activations import QuantizedActivations
 from qkernels.nn import PARTS, QuantLinear
 from qkernels.parallel.shards import joined, sharded
 from qkernels.siblings import MergedLinear
@@ -102,9 +103,9 @@ class ColwiseLinear(QuantLinear):
     group: Group
     gather: bool  # whether outputs of all rows are wanted
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedActivations) -> Tensor:
         """x (..., K) -> (..., N / ranks), or (..., N) of all."""
-        y = super().forward(_Replicated.apply(x, self.group) if x.requires_grad else x)
+        y = super().forward(_Replicated.apply(x, self.group) if isinstance(x, Tensor) and x.requires_grad else x)
         return _Gathered.apply(y, self.group) if self.gather else y
 
     def extra_repr(self) -> str:
@@ -122,8 +123,10 @@ class RowwiseLinear(QuantLinear):
     group: Group
     split: bool  # whether x comes whole
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedActivations) -> Tensor:
         """x (..., K / ranks), or (..., K) if it comes whole -> (..., N)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"a row-parallel layer quantizes its part of x itself, got {type(x).__name__}")
         if self.split:
             whole = self.in_features * self.group.ranks
             if not x.ndim or x.shape[-1] != whole:
@@ -138,6 +141,7 @@ class RowwiseLinear(QuantLinear):
             None,
             self._scheme,
             self.in_features,
+            own["weight_activation"],
         )
         y = _Summed.apply(y, self.group)
         bias = own["bias"]

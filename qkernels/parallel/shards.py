@@ -47,6 +47,9 @@ def sharded(weight: QTensor, dim: int, rank: int, ranks: int) -> QTensor:
         rank: which part, from 0.
         ranks: how many parts.
 
+    Activations that are quantized as they come, and meet columns, get a scale for each part: results differ from those
+    of the whole weight, by no more than quantizing them loses.
+
     Raises:
         ValueError: it cannot be cut so; the sizes are named.
     """
@@ -67,7 +70,7 @@ def sharded(weight: QTensor, dim: int, rank: int, ranks: int) -> QTensor:
         groups = scale.shape[0] // ranks
         own = slice(rank * groups, (rank + 1) * groups)
         scale, zero = scale[own].clone(), None if zero is None else zero[own].clone()
-    return QTensor(packed, scale, zero, weight.scheme, columns)
+    return QTensor(packed, scale, zero, weight.scheme, columns, activation=weight.activation)
 
 
 def joined(parts: Sequence[QTensor], dim: int) -> QTensor:

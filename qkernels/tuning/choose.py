@@ -8,10 +8,10 @@ import dataclasses
 
 import torch
 
-from qkernels.packing import PLANES, block_columns
+from qkernels.packing import PLANES, activation_words, block_columns
 from qkernels.scheme import Scheme
 from qkernels.tuning import tables
-from qkernels.tuning.configs import DenseConfig, DequantizeConfig, MatmulConfig, QuantizeConfig
+from qkernels.tuning.configs import ActivationConfig, DenseConfig, DequantizeConfig, MatmulConfig, QuantizeConfig
 from qkernels.tuning.devices import Device
 
 WORKSPACE_BYTES = 1 << 28  # of dequantized weights at a time
@@ -58,6 +58,12 @@ def dequantize(dtype: torch.dtype) -> DequantizeConfig:
     """
     max_registers = 128 if dtype is torch.float32 else None
     return DequantizeConfig(block_n=16, block_k=1024, num_warps=4, max_registers=max_registers)
+
+
+def activations(scheme: Scheme, in_features: int) -> ActivationConfig:
+    """For the kernel of activations.py: 8 words of codes, 32 values of x, for each of at most 512 threads."""
+    words = min(4096, _power_of_two(activation_words(scheme.bits, in_features)))
+    return ActivationConfig(words=words, num_warps=min(16, max(1, words // 256)))
 
 
 def matmul(

@@ -55,3 +55,11 @@ class DenseConfig:
     """Dequantizes to x's dtype, some rows at a time into one workspace, and leaves the product to cuBLAS."""
 
     rows: int  # output features at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationConfig:
+    """Of activations_kernel: a program for each token."""
+
+    words: int  # of codes, four each, that a program holds in registers; longer tokens are read twice
+    num_warps: int

@@ -1,0 +1,136 @@
+"""Products of codes on a GPU: activations are quantized, then multiplied, each by the launch that its shapes call for.
+
+What only metadata decides is decided once for each kind of call, then remembered, as in dispatch.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qkernels import packing, reference_int8
+from qkernels.scheme import Scheme
+from qkernels.tuning import choose
+from qkernels.tuning.configs import DenseConfig, MatmulConfig
+
+Quantized = tuple[Tensor, Tensor, "Tensor | None"]  # codes (..., words), scale (...), zero (...)
+# codes, their scale and zero, packed, scale, zero, bias -> y
+Product = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+
+_KINDS = 4096
+
+
+def quantize_activations(
+    x: Tensor, scheme: Scheme, static: Tensor | None, norm: Tensor | None = None, eps: float = 0.0
+) -> Quantized:
+    """Of tokens x (..., K) on a GPU, none of them checked; see ops_int8.quantize_activations."""
+    if x.numel() == 0:
+        return packed_oracle(x, scheme, static, norm, eps)
+    x = _rows(x)
+    quantize = _quantizer(x.shape, x.stride(), x.get_device(), scheme, norm is not None, eps)
+    return quantize(x, static, None if norm is None else norm.contiguous())
+
+
+def packed_oracle(x: Tensor, scheme: Scheme, static: Tensor | None, norm: Tensor | None, eps: float) -> Quantized:
+    """The oracle, with codes as ops have them."""
+    assert scheme.activations is not None
+    shape = x.shape[:-1]
+    flat = x.reshape(shape.numel(), x.shape[-1])
+    code, scale, zero = reference_int8.quantize_activations(flat, scheme.activations, static, norm, eps)
+    codes = packing.pack_activations(code, scheme.bits)
+    return codes.reshape(*shape, codes.shape[1]), scale.reshape(shape), None if zero is None else zero.reshape(shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As the kernel takes tokens: contiguous, but for rows with gaps."""
+    return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+
+
+@functools.lru_cache(maxsize=_KINDS)
+def _quantizer(
+    shape: torch.Size, stride: tuple[int, ...], device: int, scheme: Scheme, has_norm: bool, eps: float
+) -> Callable[[Tensor, Tensor | None, Tensor | None], Quantized]:
+    """For tokens of one kind; for each GPU its own, as launches remember what they compiled."""
+    from qkernels.kernels import activations
+
+    return activations.prepare(shape, stride, scheme, has_norm, eps, choose.activations(scheme, shape[-1]))
+
+
+def product(
+    codes: torch.Size,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    in_features: int,
+    dtype: torch.dtype,
+    config: MatmulConfig | DenseConfig,
+) -> Product:
+    """The product as a configuration says, for codes of a shape (..., words) and weights like these; y in dtype.
+
+    Weights are as the kernels take them: packed and bias contiguous, rows of scale and zero dense.
+    """
+    if isinstance(config, DenseConfig):
+        return functools.partial(_dense, dtype=dtype, config=config)
+    weight = (packed.shape[0], packed.stride(0), scale.shape, scale.stride(), packed.get_device())
+    return _fused(codes, *weight, bias is not None, scheme, in_features, dtype, config)
+
+
+@functools.lru_cache(maxsize=_KINDS)
+def _fused(
+    codes: torch.Size,
+    out_features: int,
+    stride: int,
+    scale_shape: torch.Size,
+    scale_stride: tuple[int, ...],
+    device: int,
+    has_bias: bool,
+    scheme: Scheme,
+    in_features: int,
+    dtype: torch.dtype,
+    config: MatmulConfig,
+) -> Product:
+    """For each GPU its own, as launches remember what they compiled."""
+    from qkernels.kernels import matmul_int8 as kernel
+
+    return kernel.prepare(
+        codes, out_features, stride, scale_shape, scale_stride, has_bias, scheme, in_features, dtype, config
+    )
+
+
+def _dense(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    config: DenseConfig,
+) -> Tensor:
+    """Some rows of 8-bit symmetric weights at a time, as int8 in a workspace, by cuBLAS: see choose.has_dense_int8.
+
+    Packed bytes lie in the order of activations already. cuBLAS wants multiples of 8 rows: what is in those that fill
+    the workspace up is never read.
+    """
+    from qkernels.kernels.scale_sums import scale_sums
+
+    value = codes.reshape(-1, codes.shape[-1]).view(torch.int8)
+    weights = packed.view(torch.int8)
+    out_features = packed.shape[0]
+    most = min(config.rows, out_features)
+    workspace = weights.new_empty((-(-most // 8) * 8, weights.shape[1]))
+    y = codes.new_empty((value.shape[0], out_features), dtype=dtype)
+    for start in range(0, out_features, most):
+        rows = slice(start, min(start + most, out_features))
+        count = rows.stop - rows.start
+        torch.bitwise_xor(weights[rows], -128, out=workspace[:count])
+        sums = torch._int_mm(value, workspace[: -(-count // 8) * 8].T)
+        own = scale if scale.shape[1] == 1 else scale[:, rows]
+        scale_sums(sums, x_scale.reshape(-1), own, None if bias is None else bias[rows], y[:, rows])
+    return y.view(*codes.shape[:-1], out_features)
