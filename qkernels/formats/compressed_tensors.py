@@ -41,10 +41,10 @@ what their codes stand for, in the dtype that they have. The same in float32, bu
     -a8, -a8t  a value in the middle between two codes gets the even one in the package; here what is even is the code
                less its zero, as in vLLM
     all        the package divides by the scale, and adds the zero before it rounds; here a value is multiplied by the
-               reciprocal. So one that lies within 2^-16 of a step of the middle between two codes may get the other
+               reciprocal. So one that lies within 2^-15 of a step of the middle between two codes may get the other
 
-Where codes are equal, so are the values that they stand for, bit for bit. In bfloat16 the package rounds x / scale, too,
-to 8 significant bits before it rounds it to a code.
+Where codes are equal, so are the values that they stand for, bit for bit. Of bfloat16 inputs the package rounds the
+quotient, too, to 8 significant bits, before it rounds it to a code.
 
 Refused, by name: other input_activations, output_activations and key-value caches, transforms (a product would be
 another), sparsity, float weights, other strategies, and fields that are not known. Which group of the configuration a

@@ -37,7 +37,7 @@ Inputs are quantized here as reference_int8.py says, which is what torchao does 
                magnitude is clipped by up to half a step; here absmax / 127, and -127 to 127
     -a8ts      what is below -127 steps gets -128 there, -127 here
     -a8, -a8t  the same scales, zeros and codes, where torchao computes in float32: one that lies in the middle between
-               two codes, within 2^-16 of a step, may get the other. Where inputs are 16-bit floats, torchao rounds what
+               two codes, within 2^-15 of a step, may get the other. Where inputs are 16-bit floats, torchao rounds what
                it computes scales from to 16 bits
     all        scales that torchao finds are at least 2^-23 for an Int8Tensor: tokens of smaller values get finer codes
                here
