@@ -33,11 +33,11 @@ end in -a8 (dynamic true, strategy "token") or -a8t (dynamic false, strategy "te
 Inputs are quantized as reference_int8.py says, in float32. The package has no product of codes: it rounds inputs to
 what their codes stand for, in the dtype that they have. The same in float32, but for this:
 
-    -a8s       the package's scale is absmax / 127.5 and its codes are from -128 to 127, so that what is next to the
-               largest magnitude is clipped by up to half a step; here it is absmax / 127, from -127 to 127, and nothing
-               is clipped. So does vLLM's kernel, which runs such checkpoints. Of inputs of two dimensions, which is one
-               less than in a model, the package takes one scale for all tokens; here each token always has its own
-    -a8ts      what is below -127 steps gets -128 in the package, -127 here
+    -a8s       the package's scale is absmax / 127.5 and its codes are from -128 to 127, so that the largest magnitude
+               lies half a step from its code; here it is absmax / 127, from -127 to 127, as in vLLM's kernel, which
+               runs such checkpoints. Of inputs of two dimensions, one less than in a model, the package takes one
+               scale for all tokens; here each token always has its own
+    -a8ts      what lies 127.5 steps or more below zero gets -128 in the package, -127 here
     -a8, -a8t  a value in the middle between two codes gets the even one in the package; here what is even is the code
                less its zero, as in vLLM
     all        the package divides by the scale, and adds the zero before it rounds; here a value is multiplied by the

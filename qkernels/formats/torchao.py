@@ -33,14 +33,13 @@ Inputs are quantized, too, where the entry of a weight says so; schemes then end
 
 Inputs are quantized here as reference_int8.py says, which is what torchao does but for this:
 
-    -a8s       torchao's scale is absmax / 127.5, its codes are from -128 to 127, and what is next to the largest
-               magnitude is clipped by up to half a step; here absmax / 127, and -127 to 127
-    -a8ts      what is below -127 steps gets -128 there, -127 here
-    -a8, -a8t  the same scales, zeros and codes, where torchao computes in float32: one that lies in the middle between
-               two codes, within 2^-15 of a step, may get the other. Where inputs are 16-bit floats, torchao rounds what
-               it computes scales from to 16 bits
-    all        scales that torchao finds are at least 2^-23 for an Int8Tensor: tokens of smaller values get finer codes
-               here
+    -a8s       torchao's scale is absmax / 127.5 and its codes are from -128 to 127, so that the largest magnitude lies
+               half a step from its code; here it is absmax / 127, from -127 to 127
+    -a8ts      what lies 127.5 steps or more below zero gets -128 there, -127 here
+    -a8, -a8t  scales, zeros and codes are the same where torchao computes in float32, which it does not for 16-bit
+               inputs. A value within 2^-15 of a step of the middle between two codes may get the other
+    all        torchao's scales of inputs of an Int8Tensor are at least 2^-23: tokens of less than 127 times that get
+               finer codes here
 
 Refused are other classes, such as those of codes in an order of some kernel, inputs that are quantized in another way
 (one scale for all that comes in a call, reduced ranges) or scaled, and quantized tensors that are not called M.weight.
