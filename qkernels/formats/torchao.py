@@ -190,7 +190,7 @@ def _int8_activations(given: Any, *, static: bool) -> Activations | None:
         raise ValueError(f"act_quant_kwargs must be None or of class QuantizeTensorToInt8Kwargs, got {given!r:.200}")
     if unknown := said.keys() - {"granularity", "mapping_type", "reduce_range"}:
         raise ValueError(f"act_quant_kwargs has {min(unknown)!r:.100}, which is not known")
-    wanted = "PerTensor where their scale is in the file" if static else "PerRow where it is not"
+    wanted = f"PerTensor where there is {_STATIC[0]!r}" if static else f"PerRow where there is no {_STATIC[0]!r}"
     own: list[Any] = [{"_type": "PerTensor", "_data": {}}] if static else [{"_type": "PerRow", "_data": {"dim": -1}}]
     if said.get("granularity") not in own:
         raise ValueError(f"the granularity of inputs must be {wanted}, got {said.get('granularity')!r:.200}")
