@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 import qkernels
 from qkernels import Activations, QTensor, packing
 from qkernels.formats.compressed_tensors import reader
+from tests import fake_format
 from tests.test_compressed_tensors import (
     DTYPES,
     FORMATS,
@@ -62,6 +64,21 @@ def _codes(x: Tensor, q: QTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor
     flat = found.codes.reshape(found.scale.numel(), -1)
     code = packing.unpack_activations(flat, q.scheme.bits, x.shape[-1]).reshape(x.shape)
     return code.float(), found.scale, found.zero, found.dequantize()
+
+
+def write_folder(folder: pathlib.Path) -> pathlib.Path:
+    """A checkpoint in three files: a module with dynamic inputs, and one with static ones and a bias."""
+    plain = _config("int-quantized", num_bits=8, **STRATEGIES["channel"])
+    own = plain["config_groups"]["group_0"]
+    config = {**plain, "config_groups": {"a": {**own, "targets": ["re:^static$"]}, "b": own}}
+    config = _with_inputs(_with_inputs(config, "a8t", "a"), "a8s", "b")
+    stored = {"static.bias": torch.ones(6)}
+    for module, kind in (("static", "a8t"), ("dynamic", "a8s")):
+        parts = {**_stored(plain, 6, 64, torch.float16), **_static(kind, 0.25, dtype=torch.bfloat16)}
+        stored |= {f"{module}.{name}": tensor.contiguous() for name, tensor in parts.items()}
+    names = sorted(stored)
+    files = {f"model-{i}.safetensors": {name: stored[name] for name in names[i::3]} for i in range(3)}
+    return fake_format.write(folder, files, {"quantization_config": config})
 
 
 # ---- what is read ----
