@@ -68,7 +68,7 @@ def _codes(x: Tensor, q: QTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor
             for suffix, mapping in (("s", SYMMETRIC), ("", AFFINE))
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_products_are_torchao_s(config: Any, scheme: str) -> None:
     weight = _quantized(config, torch.float32, (7, 96))
