@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,10 @@ class QuantizedActivations:
         zero = None if self.zero is None else self.zero.reshape(-1)
         value = reference_int8.dequantize_activations(code, self.scale.reshape(-1), zero)
         return value.reshape(self.shape).to(self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        return NotImplemented  # the weight knows what to do: a QTensor
 
     @staticmethod
     def check_order(order: Tensor | None) -> None:
