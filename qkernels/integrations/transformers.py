@@ -21,9 +21,10 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qkernels.calibrate.linears import method_for
 from qkernels.formats.native import VERSION, Entry, FormatError, parse_entry, quantization_config
 from qkernels.integrations.experts import renaming
-from qkernels.model import check_method, method_for, quantize_extras, quantize_model
+from qkernels.model import check_method, quantize_extras, quantize_model
 from qkernels.nn import PARTS, QuantEmbedding, QuantModule
 from qkernels.pretrained import describe
 from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
@@ -81,6 +82,11 @@ class QKernelsConfig(QuantizationConfigMixin):
         if weights is None:
             if method != "gptq" or calibration is None:
                 check_method(method, None)
+            static = next((s for s in (self.scheme, *self.schemes.values()) if s is not None and s.dynamic != s), None)
+            if static is not None and calibration is None:
+                raise ValueError(
+                    f"scheme '{static}' has static activations, which need calibration; '{static.dynamic}' needs none"
+                )
             if self.options and calibration is None:
                 raise ValueError(f"options ({', '.join(self.options)}) need calibration")
         elif not isinstance(weights, Mapping):

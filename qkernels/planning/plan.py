@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibrate.batches import Batch
+from qkernels.calibrate.linears import method_for
 from qkernels.calibrate.probe import importances
 from qkernels.merge import SIBLINGS, check_groups
-from qkernels.model import batches_of, check_method, method_for
+from qkernels.model import batches_of, check_method
 from qkernels.planning import fisher, knapsack, trial
 from qkernels.planning.result import Plan, PlannedLayer, Uniform
 from qkernels.replace import linears_for_conv1d
@@ -151,6 +152,11 @@ def _candidates(given: Sequence[str | Scheme]) -> list[Scheme]:
     schemes = list(dict.fromkeys(as_scheme(scheme) for scheme in given))
     if not schemes:
         raise ValueError("candidates must hold at least one scheme, got none")
+    if with_activations := [str(s) for s in schemes if s.activations is not None]:
+        raise ValueError(
+            f"a plan weighs what codes of weights lose, and not those of inputs: candidates must have no quantized "
+            f"activations, got {', '.join(with_activations)}"
+        )
     return schemes
 
 
