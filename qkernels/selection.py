@@ -105,7 +105,7 @@ def select(
                 if scheme is None or None in own.values():  # a layer's experts are quantized together
                     alone[f"{found[0]}.{p}"] = module
                 else:
-                    extras[f"{found[0]}.{p}"] = _projection(module, p, scheme)
+                    extras[f"{found[0]}.{p}"] = _projection(module, f"{found[0]}.{p}", scheme)
     for module, found in names.items():
         if isinstance(module, nn.Embedding):
             scheme = chosen(found, embeddings, module)
@@ -154,7 +154,14 @@ def _read_by_their_parents(model: nn.Module, names: Mapping[nn.Module, Sequence[
     }
 
 
-def _projection(module: nn.Module, name: str, scheme: Scheme) -> Extra:
+def _projection(module: nn.Module, path: str, scheme: Scheme) -> Extra:
+    if scheme.is_static:
+        raise ValueError(
+            f"{path}: experts cannot have static activations, got scheme {str(scheme)!r}: name another for them, with "
+            "schemes="
+        )
+    name = path.rpartition(".")[2]
+
     def place(weight: QTensor) -> None:
         put_experts(module, name, weight)
 
@@ -164,6 +171,8 @@ def _projection(module: nn.Module, name: str, scheme: Scheme) -> Extra:
 def _embedding(model: nn.Module, name: str, module: nn.Embedding, scheme: Scheme) -> Extra:
     if module.max_norm is not None:
         raise ValueError(f"{name} has a max_norm, which changes its weight in use: it cannot be quantized")
+    if scheme.activations is not None:
+        raise ValueError(f"{name}: an embedding has no activations to quantize, got scheme {str(scheme)!r}")
 
     def outputs() -> list[nn.Module]:
         return [output for output in places(model) if _is_tied(output, module)]

@@ -23,7 +23,7 @@ import qkernels
 from qkernels import QuantLinear, cli
 from qkernels.formats import native
 from qkernels.reporting import pictures
-from qkernels.reporting._second_moments import SecondMoments
+from qkernels.reporting._inputs import SecondMoments
 from qkernels.reporting.table import QualityReport
 from tests.tiny_model import TOKENS, TinyModel, save_tiny_llama
 

@@ -29,9 +29,9 @@ def report(
 
     Every QuantLinear of the model is compared with the nn.Linear of the same name in the reference. With batches, both
     models run over them once, in evaluation mode: inputs of layers are those in the reference, no activations are kept
-    (but a K x K float32 matrix for each distinct input of layers), and padding that a dict's attention_mask of
-    (batch, tokens) marks is left out. Outputs that have `logits` for every token of integer (batch, tokens) input are
-    taken for predictions of the next token; of others the first floating tensor is compared.
+    (but a K x K float32 matrix for each distinct input of layers that is not quantized), and padding that a dict's
+    attention_mask of (batch, tokens) marks is left out. Outputs that have `logits` for every token of integer
+    (batch, tokens) input are taken for predictions of the next token; of others the first floating tensor is compared.
 
     Args:
         model: with QuantLinears, as quantize_model leaves it; or {name: QTensor}, as qkernels.load gives, to compare
@@ -67,13 +67,14 @@ def report(
             raise TypeError(f"{who} must be a torch.nn.Module or a mapping of tensors, got {type(given).__name__}")
     with linears_for_conv1d(reference):
         pairs = dict(_layer_pairs(model, reference))
-        moments: Mapping[str, Tensor] = {}
+        inputs: Mapping[str, Tensor | QuantizationError] = {}
         quality = None
         if batches is not None:
             linears = {name: linear for name, (_, linear) in pairs.items()}
-            moments, quality = outputs.run(model, reference, linears, batches)
+            weights = {name: layer.qweight for name, (layer, _) in pairs.items()}
+            inputs, quality = outputs.run(model, reference, linears, weights, batches)
         rows = tuple(
-            _layer(name, layer.qweight, linear.weight, moments.get(name)) for name, (layer, linear) in pairs.items()
+            _layer(name, layer.qweight, linear.weight, inputs.get(name)) for name, (layer, linear) in pairs.items()
         )
     return QualityReport(rows, quality)
 
@@ -123,14 +124,14 @@ def _tensor_pairs(model: Mapping[str, Any], reference: Mapping[str, Any]) -> Ite
 
 
 @torch.no_grad()
-def _layer(name: str, q: QTensor, weight: Tensor, moment: Tensor | None) -> LayerQuality:
+def _layer(name: str, q: QTensor, weight: Tensor, inputs: Tensor | QuantizationError | None) -> LayerQuality:
     """One row.
 
     Args:
         name: of the layer.
         q: quantized (N, K).
         weight: (N, K) floating, what it came from.
-        moment: (K, K) float32, sum of x^T x over inputs x.
+        inputs: (K, K) float32, sum of x^T x over inputs x, or the error of their products; None where there were none.
     """
     if weight.shape != q.shape:
         raise ValueError(f"{name} is {tuple(q.shape)} in model, but {tuple(weight.shape)} in reference")
@@ -153,7 +154,7 @@ def _layer(name: str, q: QTensor, weight: Tensor, moment: Tensor | None) -> Laye
         snr_db=error.snr_db,
         max_error_steps=_largest_in_steps(difference, q),
         outlier_share=_outlier_share(original),
-        output_error=None if moment is None else _output_error(original, difference, moment),
+        output_error=_output_error(original, difference, inputs),
         nbytes=q.nbytes,
         bits_per_weight=q.bits_per_weight,
         error=error,
@@ -178,10 +179,12 @@ def _outlier_share(weight: Tensor) -> float:
     return (weight.abs() > limit).double().mean().item()
 
 
-def _output_error(weight: Tensor, difference: Tensor, moment: Tensor) -> float:
-    """sqrt(tr(E H E^T) / tr(W H W^T))."""
+def _output_error(weight: Tensor, difference: Tensor, inputs: Tensor | QuantizationError | None) -> float | None:
+    """sqrt(tr(E H E^T) / tr(W H W^T)), where errors of products are not known already."""
+    if not isinstance(inputs, Tensor):
+        return None if inputs is None else inputs.relative
     signal, noise = (
-        ((m.to(moment.device) @ moment).double() * m.to(moment.device)).sum().clamp(min=0).item()
+        ((m.to(inputs.device) @ inputs).double() * m.to(inputs.device)).sum().clamp(min=0).item()
         for m in (weight, difference)
     )
     return QuantizationError(signal, noise, 0.0).relative

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qkernels.calibrate.batches import evaluating, padding, rows
 from qkernels.quality import PredictionScore, field, floating_output
-from qkernels.reporting._second_moments import SecondMoments
+from qkernels.reporting._inputs import ProductErrors, SecondMoments
 from qkernels.reporting.rows import ModelQuality
+from qkernels.tensor import QTensor, QuantizationError
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 
@@ -62,9 +63,15 @@ class OutputScore:
 
 
 def run(
-    model: nn.Module, reference: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Batch]
-) -> tuple[dict[str, Tensor], ModelQuality]:
-    """({name: H (K, K) float32 of the layer's input in `reference`}, how far the models' outputs are apart).
+    model: nn.Module,
+    reference: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    weights: Mapping[str, QTensor],
+    batches: Iterable[Batch],
+) -> tuple[dict[str, Tensor | QuantizationError], ModelQuality]:
+    """({name: what is known of the layer's input in `reference`}, how far the models' outputs are apart).
+
+    Of an input that stays as it is that is H (K, K) float32, of one that is quantized the error of the layer's product.
 
     Both models run in evaluation mode, without gradients; their modes are what they were afterwards.
 
@@ -72,6 +79,7 @@ def run(
         model: the quantized one.
         reference: the unquantized one.
         layers: of the reference, by name.
+        weights: of the model, by the same names.
         batches: see qkernels.report; gone through once.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -79,24 +87,27 @@ def run(
             f"batches must be an iterable of Tensors, dicts or tuples, got a {type(batches).__name__}; "
             "for a single batch write batches=[batch]"
         )
-    moments, score = SecondMoments(layers), OutputScore()
+    coded = {name: weight for name, weight in weights.items() if weight.scheme.activations is not None}
+    moments = SecondMoments({name: layer for name, layer in layers.items() if name not in coded})
+    products, score = ProductErrors({name: layers[name] for name in coded}, coded), OutputScore()
     with torch.no_grad(), evaluating(model), evaluating(reference):
         for batch in batches:
             args, kwargs = _arguments(batch, score.batches)
             mask = padding(kwargs)
-            with moments.watching(mask):
+            with moments.watching(mask), products.watching(mask):
                 original = _call(reference, args, kwargs, score.batches)
             _add(score, _call(model, args, kwargs, score.batches), original, _tokens(reference, args, kwargs), mask)
             score.batches += 1
     if not score.batches:
         raise ValueError("batches is empty: give at least one, or none at all (batches=None) to compare weights only")
-    if unreached := [name for name in layers if name not in moments.moments]:
+    found: dict[str, Tensor | QuantizationError] = {**moments.moments, **products.errors}
+    if unreached := [name for name in layers if name not in found]:
         more = f", and {len(unreached) - 3} more" if len(unreached) > 3 else ""
         raise ValueError(
             f"no batch reaches {', '.join(unreached[:3])}{more} in the reference model: "
             "its output error cannot be measured; give batches that use every quantized layer, or batches=None"
         )
-    return moments.moments, score.result()
+    return found, score.result()
 
 
 def _add(score: OutputScore, found: Any, original: Any, tokens: Tensor | None, mask: Tensor | None) -> None:

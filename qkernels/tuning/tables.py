@@ -29,6 +29,7 @@ from qkernels.tuning.devices import Device
 
 SHIPPED = pathlib.Path(__file__).parent / "data"
 _KINDS: dict[str, type[MatmulConfig] | type[DenseConfig]] = {"fused": MatmulConfig, "dense": DenseConfig}
+_WHOLE = ("channel", "tensor")  # sizes of a group that is all of a row
 _FARTHEST = math.log(2)  # a shape is like another one if neither side is more than twice as long
 
 
@@ -117,10 +118,18 @@ def check(config: MatmulConfig | DenseConfig) -> None:
 def fits(config: MatmulConfig | DenseConfig, scheme: Scheme, dtype: torch.dtype) -> bool:
     """Whether a configuration can serve a scheme and a dtype of x.
 
-    Scaling weights needs scales of x's own 16-bit dtype, groups to have different ones, and no offsets.
+    Scaling weights needs scales of x's own 16-bit dtype, groups to have different ones, no offsets, and x as it is.
+    Codes of activations are multiplied by cuBLAS only where codes of weights are int8, and nothing is left to add up.
     """
-    if isinstance(config, DenseConfig) or not config.scale_weights:
+    if isinstance(config, DenseConfig):
+        codes = scheme.activations
+        return codes is None or (
+            codes.symmetric and scheme.bits == 8 and scheme.value_map == "symmetric" and scheme.group_size in _WHOLE
+        )
+    if not config.scale_weights:
         return True
+    if scheme.activations is not None:
+        return False
     grouped = isinstance(scheme.group_size, int) and scheme.value_map != "offset"
     return grouped and scheme.scale_dtype is dtype and dtype is not torch.float32
 
@@ -165,9 +174,15 @@ def _by_kind(device: Device) -> dict[tuple[Any, ...], dict[Shape, list[tuple[int
     return found
 
 
-def _kind(scheme: Scheme) -> tuple[int, str | int, str]:
-    """What of a scheme decides which configuration is best: one scale for a channel or for all costs the same."""
-    return scheme.bits, "channel" if isinstance(scheme.group_size, str) else scheme.group_size, scheme.value_map
+def _kind(scheme: Scheme) -> tuple[int, str | int, str, bool | None]:
+    """What of a scheme decides which configuration is best: one scale for a channel or for all costs the same.
+
+    So does one scale of activations for a token or for all; but codes are multiplied by another kernel than floats are,
+    and with zeros of activations there is more to add up.
+    """
+    group = "channel" if isinstance(scheme.group_size, str) else scheme.group_size
+    symmetric = None if scheme.activations is None else scheme.activations.symmetric
+    return scheme.bits, group, scheme.value_map, symmetric
 
 
 def _distance(a: Shape, b: Shape) -> float:
