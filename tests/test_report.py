@@ -25,6 +25,7 @@ from qkernels.formats import native
 from qkernels.reporting import pictures
 from qkernels.reporting._inputs import SecondMoments
 from qkernels.reporting.table import QualityReport
+from tests import helpers
 from tests.tiny_model import TOKENS, TinyModel, save_tiny_llama
 
 LAYERS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
@@ -138,6 +139,51 @@ def test_output_errors_are_those_of_the_definition() -> None:
         assert isinstance(layer, QuantLinear)
         e = w - layer.qweight.dequantize().double()
         assert row.output_error == pytest.approx(((x @ e.T).norm() / (x @ w.T).norm()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4g32-a8", "w8cs-a8ts"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_output_errors_count_what_quantizing_inputs_takes(scheme: str, masked: bool) -> None:
+    """Of layers whose activations are quantized; others are measured as ever."""
+    reference = TinyModel().eval()
+    inputs = _inputs(reference, LAYERS, [TOKENS])
+    model = copy.deepcopy(reference)
+    for name in LAYERS[1:]:
+        parent, _, child = name.rpartition(".")
+        linear, used = _linear(name, model), inputs[name]
+        setattr(
+            model.get_submodule(parent),
+            child,
+            QuantLinear(helpers.quantized(linear.weight.data, scheme, used), linear.bias),
+        )
+    first = QuantLinear.from_linear(_linear(LAYERS[0], model), "w4g32")
+    model.get_submodule("blocks.0").up = first
+    real = torch.ones(2, 7)
+    batch: Any = TOKENS
+    if masked:
+        real[1, 3:] = 0
+
+        class Masked(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+                return self.inner(tokens)
+
+        model, reference, batch = Masked(model), Masked(reference), {"tokens": TOKENS, "attention_mask": real}
+    for row in qkernels.report(model, reference, [batch]):
+        name = row.name.removeprefix("inner.")
+        x = inputs[name][real.flatten().bool().repeat(len(inputs[name]) // 14)].float()
+        linear, layer = _linear(row.name, reference), model.get_submodule(row.name)
+        assert isinstance(layer, QuantLinear)
+        wanted = x.double() @ linear.weight.double().T
+        y = torch.nn.functional.linear(x, layer.qweight).double()  # type: ignore[arg-type]
+        assert row.output_error == pytest.approx(((wanted - y).norm() / wanted.norm()).item(), rel=1e-5)
+        assert row.snr_db == pytest.approx(layer.qweight.error(linear.weight).snr_db)
+        if name != LAYERS[0]:
+            weights_alone = wanted - x.double() @ layer.qweight.dequantize().double().T
+            assert row.output_error > 1.0005 * (weights_alone.norm() / wanted.norm()).item()
 
 
 class Siblings(nn.Module):
