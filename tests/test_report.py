@@ -181,9 +181,9 @@ def test_output_errors_count_what_quantizing_inputs_takes(scheme: str, masked: b
         y = torch.nn.functional.linear(x, layer.qweight).double()  # type: ignore[arg-type]
         assert row.output_error == pytest.approx(((wanted - y).norm() / wanted.norm()).item(), rel=1e-5)
         assert row.snr_db == pytest.approx(layer.qweight.error(linear.weight).snr_db)
-        if name != LAYERS[0]:
+        if name != LAYERS[0] and scheme.startswith("w8"):
             weights_alone = wanted - x.double() @ layer.qweight.dequantize().double().T
-            assert row.output_error > 1.0005 * (weights_alone.norm() / wanted.norm()).item()
+            assert row.output_error > 1.05 * (weights_alone.norm() / wanted.norm()).item()
 
 
 class Siblings(nn.Module):
