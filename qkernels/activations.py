@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,17 @@ class QuantizedActivations:
             f"dtype={self.dtype}, device='{self.codes.device}')"
         )
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(kind is not cls for kind in types):
+            return NotImplemented  # F.linear(x, q) is a QTensor's business
+        raise TypeError(
+            f"QuantizedActivations do not support {getattr(func, '__name__', func)}; a QuantLinear and F.linear(x, q) "
+            "with a QTensor take them, and x.dequantize() is a plain tensor"
+        )
+
     def dequantize(self) -> Tensor:
         """(..., K) in `dtype`: scale * (code - zero)."""
         flat = self.codes.reshape(self.scale.numel(), self.codes.shape[-1])
@@ -52,10 +64,6 @@ class QuantizedActivations:
         zero = None if self.zero is None else self.zero.reshape(-1)
         value = reference_int8.dequantize_activations(code, self.scale.reshape(-1), zero)
         return value.reshape(self.shape).to(self.dtype)
-
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
-        return NotImplemented  # the weight knows what to do: a QTensor
 
     @staticmethod
     def check_order(order: Tensor | None) -> None:

@@ -129,14 +129,13 @@ def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features
 
 def check_static(activation: Tensor | None, scheme: Scheme, device: torch.device) -> None:
     """Raise ValueError unless there is a static range of activations exactly where a scheme has one."""
-    static = scheme.activations is not None and scheme.activations.static
     if activation is None:
-        if static:
+        if scheme.is_static:
             raise ValueError(
                 f"scheme {str(scheme)!r} needs activation, the scale and zero of its inputs, which calibration finds"
             )
         return
-    if not static:
+    if not scheme.is_static:
         raise ValueError(f"activation must be None for scheme {str(scheme)!r}, whose activations are not static")
     if activation.shape != (2,) or activation.dtype is not torch.float32:
         raise ValueError(f"activation must be (2,) float32, got {tuple(activation.shape)} {activation.dtype}")

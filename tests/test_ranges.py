@@ -503,11 +503,6 @@ def test_embeddings_have_no_inputs_to_quantize(options: Any) -> None:
     assert not _layers(model)
 
 
-def test_plans_weigh_weights_alone() -> None:
-    with pytest.raises(ValueError, match="candidates must have no quantized activations, got w8cs-a8s, w4g128-a8s"):
-        qkernels.plan(_model(), target_bits=5, candidates=["w8a8", "w4g64", "w4a8"], calibration=BATCHES)
-
-
 def test_some_layers_may_have_quantized_activations() -> None:
     model = _model()
     report = qkernels.quantize_model(

@@ -9,7 +9,7 @@ import pathlib
 import pytest
 import torch
 
-from qkernels import tune
+from qkernels import reference_int8, tune
 from qkernels.cli import main
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose, tables, timing
@@ -62,6 +62,16 @@ def test_choices_follow_the_table(table: pathlib.Path) -> None:
     assert choose.matmul(1, 4096, 4096, W4, torch.float16, H200) == choose.heuristic(
         1, 4096, 4096, W4, torch.float16, H200
     )
+
+
+def test_entries_of_floats_do_not_serve_codes(table: pathlib.Path) -> None:
+    """Codes of activations are multiplied by another kernel, which other configurations suit."""
+    assert _lookup(1, scheme="w4g128-a8s") is _lookup(1, scheme="w4g128-a8") is None
+    own = dataclasses.replace(CONFIG, block_m=32)
+    tables.write(table, H200, {}, [entry(8, CONFIG), dataclasses.replace(entry(8, own), scheme="w4g128-a8s")])
+    assert _lookup(1) == CONFIG
+    assert _lookup(1, scheme="w4g128-a8s") == _lookup(1, scheme="w4g128-bf16-a8ts") == own  # one scale is as another
+    assert _lookup(1, scheme="w4g128-a8") is None  # zeros of activations add work
 
 
 def test_scaled_weights_only_where_they_can_be(table: pathlib.Path) -> None:
@@ -127,7 +137,7 @@ def test_a_broken_table_is_named(table: pathlib.Path, change: dict[str, object],
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 512])
-@pytest.mark.parametrize("scheme", ["w4g128", "w3g64f", "w8c-bf16", "w4g128-bf16"])
+@pytest.mark.parametrize("scheme", ["w4g128", "w3g64f", "w8c-bf16", "w4g128-bf16", "w8cs-a8s", "w4g128-bf16-a8"])
 def test_candidates_are_possible_and_hold_the_default(tokens: int, scheme: str) -> None:
     problem = tune.Problem(tokens, 4096, 4096, scheme, "bfloat16")
     default = choose.heuristic(tokens, 4096, 4096, problem.parsed, torch.bfloat16, H200)
@@ -138,7 +148,8 @@ def test_candidates_are_possible_and_hold_the_default(tokens: int, scheme: str) 
     for config in found:
         tables.check(config)
         assert tables.fits(config, problem.parsed, torch.bfloat16, tokens, 4096)
-    assert any(isinstance(config, DenseConfig) for config in found) == (tokens >= 32)
+    has_dense = tokens >= 32 and scheme != "w4g128-bf16-a8"  # there is none of 4-bit codes
+    assert any(isinstance(config, DenseConfig) for config in found) == has_dense
     assert any(getattr(config, "scale_weights", False) for config in found) == (scheme == "w4g128-bf16")
     assert tune.splits(DenseConfig(5), problem, H200) == tune.pipelines(DenseConfig(5), problem, H200) == []
 
@@ -168,6 +179,52 @@ def test_proofs_are_exact(scheme: str, device: str) -> None:
     assert len(operands.scale.unique()) > 1 or operands.scale.numel() == 1
     config = choose.fused(3, 33, 288, problem.parsed, torch.bfloat16, H200)
     assert tune.refusal(operands, tune.truth(operands, problem), problem, config) is None
+
+
+@pytest.mark.parametrize("scheme", ["w8cs-a8s", "w8ts-a8", "w4g64-a8s", "w4g32-a8", "w8g48-a8s"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_proofs_of_codes_are_exact(scheme: str, dtype: str) -> None:
+    """What the oracle of quantized activations gives is the exact product: its codes stand for the very x."""
+    problem = tune.Problem(5, 33, 288, scheme, dtype)
+    operands = tune.exact_operands(problem, "cpu")
+    how = problem.parsed.activations
+    assert how is not None
+    code, scale, zero = reference_int8.quantize_activations(operands.x, how)
+    assert torch.equal(scale, torch.ones(5))
+    assert (zero is None) == how.symmetric
+    assert zero is None or bool((zero != 0).all())
+    assert torch.equal(reference_int8.dequantize_activations(code, scale, zero), operands.x.float())
+    weight = operands.packed, operands.scale, operands.zero
+    found = reference_int8.matmul(code, scale, zero, *weight, None, problem.parsed, problem.torch_dtype)
+    assert torch.equal(found, tune.truth(operands, problem))
+
+
+@pytest.mark.parametrize("scheme", ["w8cs-a8s", "w4g64-a8", "w8c-a8"])
+def test_codes_are_multiplied_by_the_configuration_that_is_tried(scheme: str, device: str) -> None:
+    problem = tune.Problem(3, 33, 288, scheme, "bfloat16")
+    operands = tune.exact_operands(problem, device)
+    wanted = tune.truth(operands, problem)
+    config = choose.fused(3, 33, 288, problem.parsed, torch.bfloat16, H200)
+    assert tune.refusal(operands, wanted, problem, config) is None
+    assert tune.refusal(operands, torch.full_like(wanted, torch.nan), problem, config) == "99 of 99 results are wrong"
+
+
+def test_cublas_must_prove_products_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of integers are exact, whoever adds them up."""
+    for scheme, message in (("w8cs-a8s", "1 of 24 results are wrong"), ("w8cs", None)):
+        problem = tune.Problem(3, 8, 64, scheme, "float16")
+        operands = tune.exact_operands(problem, "cpu")
+        wrong = tune.truth(operands, problem)
+        wrong[0, 0] = torch.nan
+        monkeypatch.setattr(tune, "product", lambda *_, wrong=wrong: wrong)
+        assert tune.refusal(operands, tune.truth(operands, problem), problem, DenseConfig(8)) == message
+
+
+def test_static_activations_are_tuned_as_dynamic_ones() -> None:
+    with pytest.raises(
+        ValueError, match="w8cs-a8ts is multiplied as w8cs-a8s is, and served by its entries: tune that"
+    ):
+        list(tune.problems([(8, 16)], ["w4g128", "w8cs-a8ts"], ["float16"], [1]))
 
 
 def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
