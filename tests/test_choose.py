@@ -144,3 +144,37 @@ def test_what_is_chosen_is_possible(bits: int, suffix: str, group: str) -> None:
     for tokens, device in itertools.product((1, 15, 16, 17, 400, 100_000), (H200, A100, L4, B200)):
         for dtype in (torch.float16, torch.float32):
             tables.check(choose.matmul(tokens, 333, 777, scheme, dtype, device))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tokens", "tile"),
+    [
+        ("w8a8", 1, (8, 64, 1)),
+        ("w8a8", 9, (16, 64, 1)),
+        ("w8a8", 17, (32, 64, 2)),
+        ("w8a8", 33, (64, 64, 4)),
+        ("w8a8", 65, (128, 128, 8)),
+        ("w8a8", 1024, (128, 128, 8)),  # larger tiles would leave multiprocessors without one
+        ("w8a8", 2048, (256, 128, 8)),
+        ("w4a8", 2048, (128, 128, 8)),  # sums of groups are float32, too
+        ("w8c-a8s", 2048, (64, 128, 8)),  # affine codes have sums beside the product's
+        ("w8g128-a8s", 2048, (64, 64, 4)),
+        ("w4g64-a8s", 2048, (32, 64, 2)),  # two groups in a block
+        ("w4g64-a8", 2048, (16, 64, 2)),
+        ("w4g16-a8s", 2048, (16, 64, 2)),
+        ("w4g16-a8", 2048, (8, 64, 2)),
+    ],
+)
+def test_tiles_of_products_of_codes(scheme: str, tokens: int, tile: tuple[int, int, int]) -> None:
+    config = choose.heuristic(tokens, 4096, 4096, Scheme.parse(scheme), torch.bfloat16, H200)
+    assert isinstance(config, MatmulConfig)  # never torch._int_mm, unless a table says so
+    assert (config.block_m, config.block_n, config.num_warps) == tile
+    if tokens > 1024:
+        assert config.splits == 1
+    assert (config.max_registers == 128) == (tile == (128, 128, 8) and scheme == "w8a8")
+
+
+def test_activations_fit_a_program() -> None:
+    for in_features, words, warps in ((1, 16, 1), (4096, 1024, 4), (14336, 4096, 16), (53248, 4096, 16)):
+        found = choose.activations(Scheme.parse("w8a8"), in_features)
+        assert (found.words, found.num_warps) == (words, warps)

@@ -162,7 +162,7 @@ def _tile_int8(tokens: int, out_features: int, scheme: Scheme, device: Device) -
     short = isinstance(group, int) and group % columns != 0
     sums = 1 + (not scheme.activations.symmetric) + (scheme.bits == 8 and scheme.value_map == "affine")
     many = short and (sums > 2 or group not in (columns // 2, columns + columns // 2))  # sums in a block
-    stages = 3
+    stages, max_registers = 3, 255
     if many:
         block_m, block_n, num_warps = 8 if tokens <= 8 or not scheme.activations.symmetric else 16, 64, 2
     elif tokens <= 16:
@@ -175,9 +175,11 @@ def _tile_int8(tokens: int, out_features: int, scheme: Scheme, device: Device) -
         block_m, block_n, num_warps = 64, 128, 8
     elif grouped or device.capability != 90 or -(-tokens // 256) * -(-out_features // 128) < device.multiprocessors:
         block_m, block_n, num_warps = 128, 128, 8
+        if not grouped and (device.capability == 90 or scheme.bits == 8):
+            max_registers = 128  # two programs on a multiprocessor: one multiplies while the other waits
     else:
         block_m, block_n, num_warps, stages = 256, 128, 8, 4
-    return MatmulConfig(block_m, block_n, 1, 1, num_warps, num_stages=stages, max_registers=255)
+    return MatmulConfig(block_m, block_n, 1, 1, num_warps, stages, max_registers)
 
 
 def _splits(
