@@ -106,8 +106,11 @@ def _of_codes(
 ) -> Call:
     """Quantizes x, then multiplies codes."""
     codes = torch.Size((*x.shape[:-1], packing.activation_words(scheme.bits, x.shape[-1])))
-    weight = regular_weight(packed, scale, zero, bias)
-    product = dispatch_int8.product(codes, *weight, scheme, x.shape[-1], x.dtype, config)
+    given = packed, scale, zero, bias
+    regular = regular_weight(*given)
+    quantize = dispatch_int8.quantizer(x, scheme)
+    product = dispatch_int8.product(codes, *regular, scheme, x.shape[-1], x.dtype, config)
+    as_given = all(a is b for a, b in zip(regular, given, strict=True))
 
     def call(
         x: Tensor,
@@ -117,8 +120,9 @@ def _of_codes(
         bias: Tensor | None,
         activation: Tensor | None = None,
     ) -> Tensor:
-        codes, x_scale, x_zero = dispatch_int8.quantize_activations(x, scheme, activation)
-        return product(codes, x_scale, x_zero, *regular_weight(packed, scale, zero, bias))
+        weight = (packed, scale, zero, bias) if as_given else regular_weight(packed, scale, zero, bias)
+        codes, x_scale, x_zero = quantize(x, activation, None)
+        return product(codes, x_scale, x_zero, *weight)
 
     return call
 

@@ -17,6 +17,8 @@ from qkernels.tuning import choose
 from qkernels.tuning.configs import DenseConfig, MatmulConfig
 
 Quantized = tuple[Tensor, Tensor, "Tensor | None"]  # codes (..., words), scale (...), zero (...)
+# x, static scale and zero, weight of a norm -> codes, scale, zero
+Quantizer = Callable[[Tensor, "Tensor | None", "Tensor | None"], Quantized]
 # codes, their scale and zero, packed, scale, zero, bias -> y
 Product = Callable[[Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
@@ -29,10 +31,15 @@ def quantize_activations(
     """Of tokens x (..., K) on a GPU, none of them checked; see ops_int8.quantize_activations."""
     if x.numel() == 0:
         return packed_oracle(x, scheme, static, norm, eps)
-    x = _rows(x)
-    dtypes = x.dtype, None if norm is None else norm.dtype
-    quantize = _quantizer(x.shape, x.stride(), dtypes, x.get_device(), scheme, eps)
-    return quantize(x, static, None if norm is None else norm.contiguous())
+    norm = None if norm is None else norm.contiguous()
+    return quantizer(x, scheme, norm, eps)(x, static, norm)
+
+
+def quantizer(x: Tensor, scheme: Scheme, norm: Tensor | None = None, eps: float = 0.0) -> Quantizer:
+    """What quantizes x, and tokens like them in shape, strides, dtype and GPU, none empty."""
+    regular, dtypes = _rows(x), (x.dtype, None if norm is None else norm.dtype)
+    quantize = _quantizer(regular.shape, regular.stride(), dtypes, x.get_device(), scheme, eps)
+    return quantize if regular is x else lambda x, static, norm: quantize(_rows(x), static, norm)
 
 
 def forget() -> None:
@@ -64,7 +71,7 @@ def _quantizer(
     device: int,
     scheme: Scheme,
     eps: float,
-) -> Callable[[Tensor, Tensor | None, Tensor | None], Quantized]:
+) -> Quantizer:
     """For tokens of one kind: launches remember what they compiled, for one set of dtypes."""
     from qkernels.kernels import activations
 
