@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 import qkernels
-from benchmarks import decode, energy, harness, model, plot, readme
+from benchmarks import decode, energy, harness, model, plot, readme, totals
 from benchmarks.decode import Decoder, Variant
 from benchmarks.energy import Energy, UnavailableError
 from benchmarks.floors import Ceilings
+from benchmarks.products import Work
 from qkernels import MergedLinear, QuantLinear
 from qkernels.tuning import problems, timing
 
@@ -141,7 +142,8 @@ def test_figures_of_a_variant() -> None:
 def _record(kind: str, variants: list[dict[str, Any]]) -> harness.Record:
     machine = {"device": "NVIDIA Imaginary", "driver": "1.2", "torch": "9.9", "triton": "8.8", "commit": "0123456789ab"}
     record = harness.header(kind, kind, machine, SLOW) | {"date": "2026-01-02", "idle_watts": 80.0}
-    return record | {"model": "Llama-3-8B", "context": 64, "batch": 2, "variants": variants}
+    setting = {"model": "Llama-3-8B", "context": 64, "batch": 2, "phase": "decoding", "tokens": 2}
+    return record | setting | {"variants": variants}
 
 
 def test_a_step_faster_than_memory_is_refused() -> None:
@@ -159,7 +161,7 @@ def test_a_step_faster_than_memory_is_refused() -> None:
     assert [line.split(":")[:2] for line in model.refused(record)] == [["dense", " contaminated"]]
     assert "refused" in model.result_table(record)
     of_energy = [
-        energy.figures(Variant("w4g128"), Energy(100.0, seconds, 50, 4.0), 2, 4_000_000, SLOW)
+        energy.figures(Variant("w4g128"), Energy(100.0, seconds, 50, 4.0), 2, Work(4_000_000, 0), SLOW)
         for seconds in (25 * 0.7e-3, 25 * 2e-3)
     ]
     assert ["contaminated" in v for v in of_energy] == [True, False]
@@ -214,15 +216,15 @@ def test_sums_over_layers() -> None:
         layer.name: {"cold": {"median_us": us}, "floor_us": us / 2, "eta": 0.5}
         for layer, us in zip(layers, (1.0, 2.0, 3.0, 4.0), strict=True)
     }
-    found = model.total(entries, layers)
+    found = totals.total(entries, layers)
     assert (found["total_us"], found["floor_us"]) == (800, 400)  # 80 layers
     entries["down"] = {"cold": {"median_us": 4.0}, "floor_us": 2.0, "contaminated": "too fast"}
-    found = model.total(entries, layers)
+    found = totals.total(entries, layers)
     assert "total_us" not in found
     record = _record("model", []) | {"totals": [{"model": "m", "scheme": None, **found}]}
     assert model.refused(record) == ["m down dense: contaminated: too fast"]
-    assert "4.0!" in model.totals_table(record)
-    assert "refused" in model.totals_table(record)
+    assert "4.0!" in totals.totals_table(record)
+    assert "refused" in totals.totals_table(record)
 
 
 def test_layers_are_timed_with_all_schemes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,15 +239,15 @@ def test_layers_are_timed_with_all_schemes_at_once(monkeypatch: pytest.MonkeyPat
 
     times = (_timed(20.0), _timed(60.0))
     monkeypatch.setattr(timing, "cold", cold)
-    dense, found = model.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
+    dense, found = totals.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
     assert seen == [{"dense": 4, "w8c": 8}, {"dense": 3, "w8c": 5}]
     assert (dense["scheme"], dense["total_us"], found["scheme"], found["total_us"]) == (None, 300, "w8c", 100)
     moved = 64 * 128 + 3 * 64 + 2 * 3 * (64 + 128)  # codes, scales and zeros, x and y
     assert found["layers"]["a"]["floor_us"] == pytest.approx(moved / 4e9 * 1e6)
     assert found["layers"]["a"]["eta"] == pytest.approx(moved / 4e9 * 1e6 / 20)
-    assert "3.00" in model.totals_table({"batch": 3, "totals": [dense, found]}).splitlines()[-1]
+    assert "3.00" in totals.totals_table({"tokens": 3, "totals": [dense, found]}).splitlines()[-1]
     times = (_timed(1.0), _timed(60.0))  # 2.5 us at least
-    dense, found = model.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
+    dense, found = totals.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
     assert "total_us" in dense
     assert "total_us" not in found
     assert "contaminated" in found["layers"]["b"]
@@ -254,7 +256,7 @@ def test_layers_are_timed_with_all_schemes_at_once(monkeypatch: pytest.MonkeyPat
 def test_layers_are_timed_with_enough_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "l2_bytes", lambda: 60_000)
     for scheme, nbytes in (("w8c", 64 * 128 + 3 * 64), (None, 2 * 64 * 128)):
-        calls = model.layer_calls(problems.Layer("a", 64, 128), scheme, 3, "cpu")
+        calls = totals.layer_calls(problems.Layer("a", 64, 128), scheme, 3, "cpu")
         assert len(calls) == -(-180_000 // nbytes)
         first, second = calls[0](), calls[1]()
         assert isinstance(first, torch.Tensor)
@@ -296,9 +298,9 @@ def test_the_command_of_the_model_on_a_gpu(
     """All but what needs one: the loop runs a tiny model on the CPU, and layers take the time they are said to."""
     measure, seconds = model.measure, [0.5]
 
-    def on_cpu(size: str, *rest: Any) -> list[harness.Record]:
+    def on_cpu(size: str, *rest: Any, phase: Any) -> list[harness.Record]:
         assert size == "Llama-3-8B"
-        return measure("tiny", *rest, device="cpu", seconds_per_call=lambda call, calls: seconds[0])
+        return measure("tiny", *rest, device="cpu", seconds_per_call=lambda call, calls: seconds[0], phase=phase)
 
     def layer_totals(name: str, schemes: tuple[str | None, ...], tokens: int, ceilings: Ceilings) -> list[Any]:
         (path,) = tmp_path.glob("*/*.json")
@@ -307,12 +309,12 @@ def test_the_command_of_the_model_on_a_gpu(
         assert not written["finished"]
         entry = {"cold": {"median_us": 7.0}, "floor_us": 5.0, "eta": 0.7}
         layers = problems.MODELS[name]
-        found = model.total({layer.name: entry for layer in layers}, layers)
+        found = totals.total({layer.name: entry for layer in layers}, layers)
         return [{"model": name, "scheme": scheme, **found} for scheme in schemes]
 
     monkeypatch.setattr(model, "check", lambda schemes, device: {})
     monkeypatch.setattr(model, "measure", on_cpu)
-    monkeypatch.setattr(model, "layer_totals", layer_totals)
+    monkeypatch.setattr(totals, "layer_totals", layer_totals)
     monkeypatch.setattr(harness, "machine", lambda code: {"device": "NVIDIA Imaginary", "commit": code})
     monkeypatch.setattr(harness, "ceilings", lambda: SLOW)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -346,7 +348,7 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     model.add_speed_ups(of_model)
     of_model.append({"name": "w8g128", "scheme": "w8g128", "merged": False, "skipped": "does not fit: no room"})
     of_energy = [
-        energy.figures(Variant(scheme), Energy(joules, seconds, 1000, 50.0), 2, 4_000_000, SLOW)
+        energy.figures(Variant(scheme), Energy(joules, seconds, 1000, 50.0), 2, Work(4_000_000, 0), SLOW)
         for scheme, joules, seconds in ((None, 2000.0, 10.0), ("w4g128", 1000.0, 5.0), ("w2g64", 1.0, 1e-3))
     ]
     found = {}
@@ -452,7 +454,7 @@ def test_energy_of_a_loop() -> None:
     assert found.watts == pytest.approx(500)
     assert found.joules_per_token == pytest.approx(500 * 0.3 / 32)
     assert found.joules_per_token_above_idle == pytest.approx(420 * 0.3 / 32)
-    record = energy.figures(Variant("w4g128"), found, 32, 4_000_000, SLOW)
+    record = energy.figures(Variant("w4g128"), found, 32, Work(4_000_000, 0), SLOW)
     assert record["joules"] == pytest.approx(5100)
     assert record["eta"] == pytest.approx(1e-3 / 0.3)
     table = energy.result_table(_record("energy", [record]) | {"idle_watts": idle})
@@ -545,6 +547,6 @@ def test_the_loop_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(v["eta"] < 1 for v in found)
     monkeypatch.setitem(problems.MODELS, "small", (problems.Layer("a", 4096, 4096, 2),))
     with torch.no_grad():
-        for total in model.layer_totals("small", (None, "w4g128"), 1, ceilings):
+        for total in totals.layer_totals("small", (None, "w4g128"), 1, ceilings):
             assert 1 < total["layers"]["a"]["cold"]["median_us"] < 1000
             assert total["total_us"] == 2 * total["layers"]["a"]["cold"]["median_us"]
