@@ -235,11 +235,11 @@ class IntMMCompiled(IntMMDynamic):
 
     def function(self) -> Any:
         """One for all shapes, of which each is compiled on its own."""
-        return _compiled(int8_linear)
+        return compiled(int8_linear)
 
 
 @functools.cache
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     """Under torch.compile, however many shapes it meets: past its limit torch would go on uncompiled."""
     import torch._dynamo.config as config
 
@@ -287,7 +287,7 @@ class TorchAOCompiled(TorchAOInt8):
 
     def call(self, linear: torch.nn.Linear) -> Any:
         """One function for all weights."""
-        function, weight = _compiled(_linear), linear.weight
+        function, weight = compiled(_linear), linear.weight
         return lambda x: function(x, weight)
 
 
