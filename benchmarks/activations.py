@@ -32,8 +32,8 @@ from qkernels.tuning import timing
 SCHEMES, SIZES = ("w8a8", "w4g128-a8"), (4096, 8192)
 TOKENS = (1, 16, 128, 1024, 4096)
 EPS = 1e-6
-# Sums of squares in float32, in chains of fewer than 2^7 additions, are off by less than 2^-17 of themselves, and so are
-# scales. A value of up to 127 steps is off by less than 2^-10 of a step then: of 2^-9 of all values, which lie that
+# Sums of squares in float32, in chains of fewer than 2^7 additions, are off by less than 2^-17 of themselves, scales by
+# no more. A value of up to 127 steps is off by less than 2^-10 of a step then: of 2^-9 of all values, which lie that
 # close to the middle of two codes, the code may be the other one. Twice as many are allowed.
 _SCALE_TOLERANCE, _OTHER_CODES = 2.0**-17, 2.0**-8
 
