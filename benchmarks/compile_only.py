@@ -193,7 +193,7 @@ def _main_loops(code: Sequence[str], backward: Iterable[tuple[int, int]]) -> lis
     by_length = sorted(backward, key=lambda loop: loop[1] - loop[0])
     for start, stop in by_length:
         apart = all(stop <= other_start or other_stop <= start for other_start, other_stop in found)
-        if apart and any("HGMMA" in text for text in code[start:stop]):
+        if apart and any("GMMA" in text for text in code[start:stop]):
             found.append((start, stop))
     return found[::-1] or by_length[-1:]
 

@@ -8,7 +8,8 @@ The exit status is 1 if a kernel spills more than `spill_budget` allows.
 
 What is compiled is what a launch of the ops would compile, with the configuration that choose.py gives it.
 Instructions per weight are those of one thread, summed over threads: of the main loop for matmul, of the whole program
-for quantize and dequantize; operations on shared memory are those among them that load, store or copy there.
+for quantize and dequantize, and for `activations`, where they are those of each activation; operations on shared memory
+are those among them that load, store or copy there.
 
 The bound is what alone would take longest on a GPU of that capability: moving the bytes, issuing the instructions (one
 for each of 4 warps in a cycle) or, of matmul, the tensor cores. `of memory` is the share of its bandwidth that this
@@ -34,14 +35,15 @@ import torch
 
 from benchmarks.compile_only import SHARED_MEMORY_BYTES, compile_only, resident_programs
 from benchmarks.floors import weight_bytes
-from qkernels import packing
+from qkernels import dispatch_int8, packing
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose
 from qkernels.tuning.configs import MatmulConfig
 from qkernels.tuning.devices import Device
 
 TARGETS = tuple(SHARED_MEMORY_BYTES)
-MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")  # of 16-bit floats: Ampere to consumer Blackwell, Hopper, Blackwell
+# Of 16-bit floats, then of int8: Ampere to consumer Blackwell, Hopper, Blackwell.
+MMA_OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
 # Operations on shared memory: loads, stores, and copies from global memory into it.
 SHARED_OPCODES = ("LDS", "LDSM", "STS", "STSM", "LDGSTS")
 
@@ -75,9 +77,9 @@ GPUS = {
     120: Gpu("RTX 5090", 170, 2.41e9, 1.79e12, 512),
 }
 DTYPES = ("float16", "bfloat16", "float32")
-KERNELS = ("matmul", "quantize", "dequantize")
+KERNELS = ("matmul", "quantize", "dequantize", "activations")
 OUT_FEATURES = 4096  # N, of every problem
-Kernel = Literal["matmul", "quantize", "dequantize"]
+Kernel = Literal["matmul", "quantize", "dequantize", "activations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Problem:
     """One launch on one GPU.
 
     Attributes:
-        kernel: which.
+        kernel: which; "matmul" of a scheme with quantized activations is that of their codes, and "activations" what
+            gives these.
         scheme: as a string.
         capability: of the GPU, such as 90.
         dtype: of x, or of the weights: "float16", "bfloat16" or "float32".
@@ -170,20 +173,24 @@ def cost(problem: Problem) -> Cost:
 
 
 def _seconds(problem: Problem, scheme: Scheme, instructions_per_weight: float, block_m: int) -> dict[str, float]:
-    """Each bound, divided by the number of weights; every block of tokens unpacks the weights anew."""
+    """Each bound, divided by the number of weights; every block of tokens unpacks the weights anew.
+
+    Of "activations" it is divided by their number; codes are multiplied at twice the rate of 16-bit floats.
+    """
     gpu, N, K = GPUS[problem.capability], OUT_FEATURES, problem.in_features
     dense = getattr(torch, problem.dtype).itemsize
+    issue = instructions_per_weight / (gpu.multiprocessors * 128 * gpu.clock)
+    if problem.kernel == "activations":
+        return {"memory": (dense + 1) / gpu.bandwidth, "issue": issue}
     moved = 0.0 if problem.kernel == "matmul" else dense
     moved += weight_bytes(N, K, scheme) / (N * K)
     m_blocks = -(-problem.tokens // block_m)
     if problem.kernel == "matmul":
-        moved += problem.tokens * (N + K) * dense / (N * K)
-    found = {
-        "memory": moved / gpu.bandwidth,
-        "issue": m_blocks * instructions_per_weight / (gpu.multiprocessors * 128 * gpu.clock),
-    }
-    if problem.kernel == "matmul" and gpu.mma_flops and dense == 2:
-        found["MMA"] = 2 * m_blocks * block_m / (gpu.multiprocessors * gpu.mma_flops * gpu.clock)
+        moved += problem.tokens * (N * dense + K * (dense if scheme.activations is None else 1)) / (N * K)
+    found = {"memory": moved / gpu.bandwidth, "issue": m_blocks * issue}
+    if problem.kernel == "matmul" and gpu.mma_flops and (dense == 2 or scheme.activations is not None):
+        rate = gpu.mma_flops * (1 if scheme.activations is None else 2)
+        found["MMA"] = 2 * m_blocks * block_m / (gpu.multiprocessors * rate * gpu.clock)
     return found
 
 
@@ -208,13 +215,25 @@ def _launch(problem: Problem, scheme: Scheme) -> tuple[float, int]:
         dequantize.dequantize(packed, scale, zero, scheme, K, dtype, config)
         return config.num_warps * 32 / (config.block_n * config.block_k), 1
     x = torch.empty(problem.tokens, K, dtype=dtype, device="meta")
+    if problem.kernel == "activations":
+        activations_config = choose.activations(scheme, K)
+        static = torch.empty(2, device="meta") if scheme.activations and scheme.activations.static else None
+        dispatch_int8.quantize_activations(x, scheme, static)
+        return activations_config.num_warps * 32 / min(4 * activations_config.words, K), 1
     gpu = GPUS[problem.capability]
     device = Device(gpu.name, problem.capability, gpu.multiprocessors)
     matmul_config = problem.config or choose.fused(problem.tokens, N, K, scheme, dtype, device)
     # Of one step alone the compiler makes no loop, and there would be nothing to count.
     steps = K // (matmul_config.blocks * packing.block_columns(scheme.bits))
     matmul_config = dataclasses.replace(matmul_config, splits=min(matmul_config.splits, max(1, steps // 2)))
-    matmul.matmul(x, packed, scale, zero, None, scheme, matmul_config)
+    if scheme.activations is None:
+        matmul.matmul(x, packed, scale, zero, None, scheme, matmul_config)
+    else:
+        codes = torch.empty(problem.tokens, packing.activation_words(scheme.bits, K), dtype=torch.int32, device="meta")
+        x_scale = torch.empty(problem.tokens, device="meta")
+        x_zero = None if scheme.activations.symmetric else torch.empty_like(x_scale, dtype=torch.int8)
+        product = dispatch_int8.product(codes.shape, packed, scale, zero, None, scheme, K, dtype, matmul_config)
+        product(codes, x_scale, x_zero, packed, scale, zero, None)
     block_k = matmul_config.blocks * packing.block_columns(scheme.bits)
     return matmul_config.num_warps * 32 / (matmul_config.block_n * block_k), matmul_config.block_m
 
@@ -263,6 +282,18 @@ def every_problem(targets: Iterable[int] = TARGETS) -> Iterator[Problem]:
                 yield Problem("matmul", scheme, target, dtype, tokens)
             yield Problem("quantize", scheme, target, dtype)
             yield Problem("dequantize", scheme, target, dtype)
+    for target, scheme in itertools.product(targets, with_activations()):
+        for tokens in (1, 9, 17, 33, 65, 129):
+            yield Problem("matmul", scheme, target, "bfloat16", tokens)
+        for dtype in DTYPES:
+            yield Problem("activations", scheme, target, dtype)
+
+
+def with_activations() -> Iterator[str]:
+    """Every kind of scheme with quantized activations; static ones differ in a load from the dynamic ones."""
+    groups = ("c", "g16", "g32", "g48", "g64", "g96", "g128", "g256")
+    for group, bits, suffix, how in itertools.product(groups, (4, 8), ("", "s"), ("a8", "a8s", "a8ts")):
+        yield f"w{bits}{group}{suffix}-{how}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -316,8 +347,11 @@ def _chosen(options: argparse.Namespace) -> Iterator[Problem]:
     for kernel, scheme, target, dtype in itertools.product(
         options.kernels, options.schemes, options.targets, options.dtypes
     ):
+        parsed = Scheme.parse(scheme)
+        if kernel == "activations" and parsed.activations is None:
+            continue
         for tokens in options.tokens if kernel == "matmul" else (1,):
-            yield Problem(kernel, str(Scheme.parse(scheme)), target, dtype, tokens)
+            yield Problem(kernel, str(parsed), target, dtype, tokens)
 
 
 COLUMNS = (

@@ -65,7 +65,7 @@ def random_config(generator: random.Random, problem: tune.Problem) -> MatmulConf
         max_registers=min(255, 65536 // (32 * num_warps)),
         scale_weights=generator.random() < 0.5,
     )
-    if not tables.fits(config, problem.parsed, problem.torch_dtype):
+    if not tables.fits(config, problem.parsed, problem.torch_dtype, problem.tokens, problem.in_features):
         config = dataclasses.replace(config, scale_weights=False)
     return config
 

@@ -34,6 +34,12 @@ def quantize_activations(
     return quantize(x, static, None if norm is None else norm.contiguous())
 
 
+def forget() -> None:
+    """Decide again; for tests."""
+    _quantizer.cache_clear()
+    _fused.cache_clear()
+
+
 def packed_oracle(x: Tensor, scheme: Scheme, static: Tensor | None, norm: Tensor | None, eps: float) -> Quantized:
     """The oracle, with codes as ops have them."""
     assert scheme.activations is not None

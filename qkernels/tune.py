@@ -78,7 +78,7 @@ def tiles(best: Config, problem: Problem, device: Device) -> list[Config]:
                     found.append(dataclasses.replace(tile, splits=start.splits))
     if problem.tokens >= 32:
         found.append(choose.dense(problem.out_features, problem.in_features, dtype))
-    return _possible(found, scheme, dtype)
+    return _possible(found, problem)
 
 
 def splits(best: Config, problem: Problem, device: Device) -> list[Config]:
@@ -99,12 +99,13 @@ def pipelines(best: Config, problem: Problem, device: Device) -> list[Config]:
     found += [
         dataclasses.replace(best, max_registers=n) for n in (96, 128, 168, 255) if n * 32 * best.num_warps <= 65536
     ]
-    return _possible(found, problem.parsed, problem.torch_dtype)
+    return _possible(found, problem)
 
 
-def _possible(found: Iterable[Config], scheme: Scheme, dtype: torch.dtype) -> list[Config]:
+def _possible(found: Iterable[Config], problem: Problem) -> list[Config]:
     """Each once, in order, if it can serve the problem."""
-    return [config for config in dict.fromkeys(found) if tables.fits(config, scheme, dtype)]
+    given = problem.parsed, problem.torch_dtype, problem.tokens, problem.in_features
+    return [config for config in dict.fromkeys(found) if tables.fits(config, *given)]
 
 
 # ---- proof and time: on the GPU ----

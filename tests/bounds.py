@@ -42,6 +42,16 @@ def matmul(
     return error + UNIT[dtype] * (np.abs(exact) + error) + SMALLEST[dtype]
 
 
+def codes(exact: Array, magnitude: Array, groups: int, dtype: torch.dtype, splits: int = 1) -> Array:
+    """Largest |y - y*| of a product of codes of 8 bits; magnitude is sum_g |sum_k of group g| + |bias|.
+
+    Sums of integers are exact. Each becomes a float32, is scaled, and is added: 3 roundings of each group, and one more
+    for each group and split that comes after it; then a scale and a bias.
+    """
+    error = (groups + splits + 4) * 2.0**-24 * magnitude
+    return error + UNIT[dtype] * (np.abs(exact) + error) + SMALLEST[dtype]  # type: ignore[no-any-return]
+
+
 def matmul_magnitude(x: Array, w: Array, bias: Array | None, offset_terms: tuple[Array, Array] | None = None) -> Array:
     """A of the formula; offset_terms are scale * (code - c) and offset + c * scale, both (N, K)."""
     weight = np.abs(w) if offset_terms is None else np.abs(offset_terms[0]) + np.abs(offset_terms[1])

@@ -91,7 +91,7 @@ def test_stress_covers_much_and_only_what_is_possible() -> None:
         assert problem.in_features >= 16 <= problem.tokens + 15
         config = stress.random_config(generator, problem)
         tables.check(config)
-        assert tables.fits(config, problem.parsed, problem.torch_dtype)
+        assert tables.fits(config, problem.parsed, problem.torch_dtype, problem.tokens, problem.in_features)
         seen |= {("bits", problem.parsed.bits), ("warps", config.num_warps), ("scaled", config.scale_weights)}
         seen |= {("map", problem.parsed.value_map), ("group", problem.parsed.group_size), ("m", config.block_m)}
     assert len(seen) == 8 + 4 + 2 + 3 + 8 + 5

@@ -69,9 +69,26 @@ def test_scaled_weights_only_where_they_can_be(table: pathlib.Path) -> None:
     tables.write(table, H200, {}, [entry(8, scaled)])
     assert _lookup(1) is None  # float16 scales, bfloat16 x
     assert _lookup(1, scheme="w4g128-bf16") == scaled
-    assert not tables.fits(scaled, Scheme.parse("w4c-bf16"), torch.bfloat16)
-    assert not tables.fits(scaled, Scheme.parse("w4g32f-bf16"), torch.bfloat16)
-    assert not tables.fits(scaled, Scheme.parse("w4g32-fp32"), torch.float32)
+    assert not tables.fits(scaled, Scheme.parse("w4c-bf16"), torch.bfloat16, 1, 4096)
+    assert not tables.fits(scaled, Scheme.parse("w4g32f-bf16"), torch.bfloat16, 1, 4096)
+    assert not tables.fits(scaled, Scheme.parse("w4g32-fp32"), torch.float32, 1, 4096)
+
+
+def test_products_of_codes_have_configurations_of_their_own(table: pathlib.Path) -> None:
+    """A table of weight-only products says nothing of them; torch._int_mm only where it can be."""
+    dense, w8a8 = DenseConfig(4096), Scheme.parse("w8a8")
+    tables.write(table, H200, {}, [dataclasses.replace(entry(64, dense), scheme=s) for s in ("w8cs", "w8a8")])
+    assert _lookup(64, scheme="w8cs-a8s") == _lookup(64, scheme="w8cs") == _lookup(1, scheme="w8cs") == dense
+    assert _lookup(16, scheme="w8cs-a8s") is None  # it takes more than 16 tokens
+    assert _lookup(64, scheme="w8cs-a8") is None
+    assert tables.fits(dense, w8a8, torch.bfloat16, 17, 64)
+    assert not tables.fits(dense, w8a8, torch.bfloat16, 17, 80)
+    for other in ("w8c-a8s", "w8g64s-a8s", "w4cs-a8s", "w8cs-a8"):
+        assert not tables.fits(dense, Scheme.parse(other), torch.bfloat16, 17, 128), other
+    assert tables.fits(dense, Scheme.parse("w8g128s-a8s"), torch.bfloat16, 17, 128)  # all of K is one group
+    assert not tables.fits(
+        dataclasses.replace(CONFIG, scale_weights=True), Scheme.parse("w4g128-bf16-a8s"), torch.bfloat16, 1, 4096
+    )
 
 
 def test_tables_survive_a_round_trip(table: pathlib.Path) -> None:
@@ -120,7 +137,7 @@ def test_candidates_are_possible_and_hold_the_default(tokens: int, scheme: str) 
     found += tune.splits(best, problem, H200) + tune.pipelines(best, problem, H200)
     for config in found:
         tables.check(config)
-        assert tables.fits(config, problem.parsed, torch.bfloat16)
+        assert tables.fits(config, problem.parsed, torch.bfloat16, tokens, 4096)
     assert any(isinstance(config, DenseConfig) for config in found) == (tokens >= 32)
     assert any(getattr(config, "scale_weights", False) for config in found) == (scheme == "w4g128-bf16")
     assert tune.splits(DenseConfig(5), problem, H200) == tune.pipelines(DenseConfig(5), problem, H200) == []

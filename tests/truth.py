@@ -74,3 +74,26 @@ def rounded(exact: Array, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(odd).to(torch.bfloat16)
     with np.errstate(over="ignore"):  # to infinity, as it should
         return torch.from_numpy(exact.astype(np.float16 if dtype is torch.float16 else np.float32))
+
+
+def unpack_activations(codes: Array, bits: int, in_features: int) -> Array:
+    """(M, words) int32 -> (M, K) int64, one k at a time: byte b of word i of a block holds k = (128 / bits) b + i."""
+    rows = np.ascontiguousarray(codes).view(np.int8)
+    block, apart = 512 // bits, 128 // bits
+    assert rows.shape[1] == -(-in_features // block) * block
+    code = np.zeros((codes.shape[0], in_features), np.int64)
+    for k in range(in_features):
+        inside = k % block
+        code[:, k] = rows[:, k - inside + 4 * (inside % apart) + inside // apart]
+    return code
+
+
+def quantize_activations(x: Array, symmetric: bool) -> tuple[Array, Array, Array]:
+    """(code int64, scale float32, zero int64) of finite tokens x (M, K) that float32 holds, in numpy's float32."""
+    x = x.astype(np.float32)
+    low, high = np.minimum(x.min(1), 0), np.maximum(x.max(1), 0)
+    size = np.maximum(np.maximum(-low, high) if symmetric else high / 2 - low / 2, np.float32(2.0**-119))
+    steps = np.float32(127 if symmetric else 127.5)
+    zero = np.zeros_like(size) if symmetric else np.clip(np.rint(-low * (steps / size)) - 128, -128, 127)
+    code = np.rint(x * (steps / size)[:, None]) + zero[:, None]
+    return np.clip(code, -127 if symmetric else -128, 127).astype(np.int64), size / steps, zero.astype(np.int64)

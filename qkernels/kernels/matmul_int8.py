@@ -8,7 +8,7 @@ d is 0, but for 8-bit affine weights, whose code - zero does not fit int8: there
 a scheme does not need, of X and W, is not worked out; each is a product with ones, so already where T wants it.
 
 Where a group is no whole number of blocks, each of its blocks is multiplied once for every group in it, with the codes
-of the others set to zero: exact, and slower.
+of the others set to zero: exact, and slower, most of all where groups do not divide a block either.
 
 Shapes    codes (M, words) int32, x_scale (M,) float32, x_zero (M,) int8, packed (N, words) int32, scale and zero
           (groups, N), bias (N), y (M, N); M, N, K >= 1.
@@ -27,32 +27,52 @@ from torch import Tensor
 from qkernels import packing
 from qkernels.kernels import scale_sums
 from qkernels.kernels.launch import Launch, has_ptx, program_of
-from qkernels.kernels.unpack_int8 import UNIT, columns_of, keep_columns, most_groups, weights_of
+from qkernels.kernels.unpack_int8 import (
+    UNIT,
+    bytes_of_group,
+    groups_in_block,
+    ones_of,
+    past_end,
+    slots_of_group,
+    weights_of,
+)
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import MatmulConfig
 
 
 @triton.jit
-def _add(
+def _add_half(
     p,  # (BLOCK_N, BLOCK_M) int32: the sums P, X and W
     x_sum,
     w_sum,
-    w,  # (BLOCK_N, 64) int8
-    v,  # (64, BLOCK_M) int8
-    keep,  # (1, 64) int8, or None where all columns count
+    byte,
+    v_row,
+    zero,
+    block,
+    group,
+    K,
+    HALF: tl.constexpr,
+    MASK: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    AFFINE: tl.constexpr,
     X_SUM: tl.constexpr,
     W_SUM: tl.constexpr,
+    TAIL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    one = tl.full(w.shape, 1, tl.int8)
-    if keep is not None:
-        w = keep_columns(w, tl.broadcast_to(keep, w.shape), PTX)
-        one = tl.broadcast_to(keep & 1, w.shape)
-    p = tl.dot(w, v, p, out_dtype=tl.int32)
-    if X_SUM:
-        x_sum = tl.dot(one, v, x_sum, out_dtype=tl.int32)
-    if W_SUM:
-        w_sum = tl.dot(w, tl.full(v.shape, 1, tl.int8), w_sum, out_dtype=tl.int32)
+    """_add_block of the 64 columns of one operand."""
+    if MASK != 0:
+        v = tl.load(v_row + (block * (8 // BITS) + HALF) * 64)
+        mask = slots_of_group(block, group, HALF, BITS, GROUP) if MASK is None else None
+        w = weights_of(byte, zero, mask, HALF, BITS, AFFINE, MASK, PTX)
+        if TAIL and W_SUM:  # activations past K are 0, but weights are not
+            w &= past_end(block, K, HALF, BITS)
+        p = tl.dot(w, v, p, out_dtype=tl.int32)
+        if X_SUM:
+            x_sum = tl.dot(ones_of(w, mask, MASK, PTX), v, x_sum, out_dtype=tl.int32)
+        if W_SUM:
+            w_sum = tl.dot(w, tl.full(v.shape, 1, tl.int8), w_sum, out_dtype=tl.int32)
     return p, x_sum, w_sum
 
 
@@ -79,40 +99,66 @@ def _total(
 
 
 @triton.jit
-def _add_group(
-    acc,  # (BLOCK_N, BLOCK_M) float32
+def _add_block(
+    p,
+    x_sum,
+    w_sum,
     byte,  # (BLOCK_N, 64) int8
     v_row,  # (64, BLOCK_M) pointers to tokens
-    x_zero,
-    scale_col,
-    zero_col,
-    group_stride,
+    zero,  # (BLOCK_N, 1) int8
     block,
     group,
     K,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    PART: tl.constexpr,  # which group of the block
     AFFINE: tl.constexpr,
     X_SUM: tl.constexpr,
     W_SUM: tl.constexpr,
-    ALL: tl.constexpr,  # whether all k of the block are of the group
+    TAIL: tl.constexpr,  # whether k past K are in the block
     PTX: tl.constexpr,
 ):
-    """acc + scale * T, of the k of a block that are of a group."""
-    HALVES: tl.constexpr = 8 // BITS
-    COLUMNS: tl.constexpr = 64 * HALVES
+    """The sums of those k of a block that are of a group."""
+    for half in tl.static_range(8 // BITS):
+        p, x_sum, w_sum = _add_half(
+            p, x_sum, w_sum, byte, v_row, zero, block, group, K,
+            half, bytes_of_group(BITS, GROUP, PART, half), BITS, GROUP, AFFINE, X_SUM, W_SUM, TAIL, PTX,
+        )  # fmt: skip
+    return p, x_sum, w_sum
+
+
+@triton.jit
+def _add_group(
+    acc,  # (BLOCK_N, BLOCK_M) float32
+    byte,  # (BLOCK_N, 64) int8
+    v_row,
+    x_zero,
+    scale_col,
+    zero_col,
+    group_stride,
+    block,
+    K,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+    AFFINE: tl.constexpr,
+    X_SUM: tl.constexpr,
+    W_SUM: tl.constexpr,
+    TAIL: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """acc + scale * T, of those k of a block that are of a group."""
+    COLUMNS: tl.constexpr = 512 // BITS
     none = tl.zeros(acc.shape, tl.int32)
-    p, x_sum, w_sum = none, none, none
+    group = block * COLUMNS // GROUP + PART
     # A block may have fewer groups than others: what then comes after the last has no k, and adds 0.
     beside = tl.minimum(group, (K - 1) // GROUP) * group_stride
     zero = tl.zeros((1, 1), tl.int8)
     if AFFINE and BITS == 4:
         zero = tl.load(zero_col + beside).to(tl.int8)[:, None]
-    for half in tl.static_range(HALVES):
-        v = tl.load(v_row + (block * HALVES + half) * 64)
-        w = weights_of(byte, zero, half, BITS, AFFINE, PTX)
-        keep = None if ALL else columns_of(block, group, K, half, BITS, GROUP)
-        p, x_sum, w_sum = _add(p, x_sum, w_sum, w, v, keep, X_SUM, W_SUM, PTX)
+    p, x_sum, w_sum = _add_block(
+        none, none, none, byte, v_row, zero, block, group, K, BITS, GROUP, PART, AFFINE, X_SUM, W_SUM, TAIL, PTX
+    )
     end = tl.minimum(tl.minimum((block + 1) * COLUMNS, (group + 1) * GROUP), K)
     count = tl.maximum(end - tl.maximum(block * COLUMNS, group * GROUP), 0)
     total = _total(p, x_sum, w_sum, count, x_zero, zero_col + beside, X_SUM, W_SUM)
@@ -150,12 +196,10 @@ def matmul_int8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,  # packed blocks that one step of the main loop multiplies
 ):
-    HALVES: tl.constexpr = 8 // BITS
-    COLUMNS: tl.constexpr = 64 * HALVES  # values of k in a block
+    COLUMNS: tl.constexpr = 512 // BITS  # values of k in a block
     X_SUM: tl.constexpr = BITS == 8 and AFFINE
     W_SUM: tl.constexpr = X_AFFINE
-    # Groups in a block, if there are several; one that is no whole part of a block may begin and end inside one.
-    PARTS: tl.constexpr = most_groups(COLUMNS, GROUP)
+    PARTS: tl.constexpr = groups_in_block(BITS, GROUP)
 
     n_block, rest = program_of(N, BLOCK_N)
     m_blocks = tl.cdiv(M, BLOCK_M)
@@ -163,7 +207,6 @@ def matmul_int8_kernel(
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, 64)
-    lane, byte_of_lane = column // 4, column % 4
 
     # Rows and tokens past the end read the last one instead: loads need no masks, and what they give is not stored.
     n64 = tl.minimum(n, N - 1).to(tl.int64)
@@ -192,40 +235,33 @@ def matmul_int8_kernel(
             block = step * BLOCKS + b
             byte = tl.load(w_row + column[None, :] + block * 64)
             if GROUP == 0:
-                for half in tl.static_range(HALVES):
-                    v = tl.load(v_row + (block * HALVES + half) * 64)
-                    w = weights_of(byte, zero, half, BITS, AFFINE, PTX)
-                    p, x_sum, w_sum = _add(p, x_sum, w_sum, w, v, None, X_SUM, W_SUM, PTX)
+                p, x_sum, w_sum = _add_block(
+                    p, x_sum, w_sum, byte, v_row, zero, block, 0, K, BITS, 0, 0, AFFINE, X_SUM, W_SUM, False, PTX
+                )
             else:
                 for part in tl.static_range(PARTS):
-                    group = block * COLUMNS // GROUP + part
                     acc = _add_group(
-                        acc, byte, v_row, x_zero, scale_col, zero_col, group_stride, block, group, K,
-                        BITS, GROUP, AFFINE, X_SUM, W_SUM, PARTS == 1, PTX,
+                        acc, byte, v_row, x_zero, scale_col, zero_col, group_stride, block, K,
+                        BITS, GROUP, part, AFFINE, X_SUM, W_SUM, False, PTX,
                     )  # fmt: skip
 
     if HAS_TAIL:
         # Blocks that are no whole step; the last may be short: of its lanes some bytes are missing, and some codes.
         tail_end = tl.where(first + split_steps >= steps, tl.cdiv(K, COLUMNS), 0)  # only the last split has them
-        row_bytes = tl.cdiv(K * BITS, 128) * 16
+        row_lane_bytes = tl.cdiv(K * BITS, 128)
         for block in range(steps * BLOCKS, tail_end):
-            lane_bytes = tl.minimum(row_bytes // 16 - block * 4, 4)
-            there = byte_of_lane < lane_bytes
-            byte = tl.load(
-                w_row + (block * 64 + lane * lane_bytes + byte_of_lane)[None, :], mask=there[None, :], other=0
-            )
+            lane_bytes = tl.minimum(row_lane_bytes - block * 4, 4)
+            offset = block * 64 + column // 4 * lane_bytes + column % 4
+            byte = tl.load(w_row + offset[None, :], mask=(column % 4 < lane_bytes)[None, :], other=0)
             if GROUP == 0:
-                for half in tl.static_range(HALVES):
-                    v = tl.load(v_row + (block * HALVES + half) * 64)
-                    w = weights_of(byte, zero, half, BITS, AFFINE, PTX)
-                    keep = columns_of(block, 0, K, half, BITS, 0)
-                    p, x_sum, w_sum = _add(p, x_sum, w_sum, w, v, keep, X_SUM, W_SUM, PTX)
+                p, x_sum, w_sum = _add_block(
+                    p, x_sum, w_sum, byte, v_row, zero, block, 0, K, BITS, 0, 0, AFFINE, X_SUM, W_SUM, True, PTX
+                )
             else:
                 for part in tl.static_range(PARTS):
-                    group = block * COLUMNS // GROUP + part
                     acc = _add_group(
-                        acc, byte, v_row, x_zero, scale_col, zero_col, group_stride, block, group, K,
-                        BITS, GROUP, AFFINE, X_SUM, W_SUM, False, PTX,
+                        acc, byte, v_row, x_zero, scale_col, zero_col, group_stride, block, K,
+                        BITS, GROUP, part, AFFINE, X_SUM, W_SUM, True, PTX,
                     )  # fmt: skip
 
     row = m.to(tl.int64) + (split.to(tl.int64) * M if SPLIT else 0)

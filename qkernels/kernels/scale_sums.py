@@ -42,10 +42,11 @@ def scale_sums_kernel(
     program = tl.program_id(0)
     m, n = (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = n < N
+    size = tl.full((1,), stride_part_m, tl.int64) * M
     part = part_ptr + m * stride_part_m + n
     total = tl.load(part, mask=mask, other=0)
     for _ in range(1, splits):
-        part += M.to(tl.int64) * stride_part_m
+        part += size
         total += tl.load(part, mask=mask, other=0)
     y = total.to(tl.float32)
     if UNIT is not None:

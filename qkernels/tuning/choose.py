@@ -80,9 +80,11 @@ def heuristic(
     """Sane on any GPU: from what is known of it, and from what its machine code costs; measured on none.
 
     Few tokens are a matter of reading weights: the fused kernel, its K split until the GPU is full. Many are a matter
-    of arithmetic, at which cuBLAS is best: from about where dequantizing costs less than what it gains.
+    of arithmetic, at which cuBLAS is best: from about where dequantizing costs less than what it gains. Quantized
+    activations stay with the fused kernel: cuBLAS's int32 sums, written and read, and its copy of the weights cost
+    about what it can gain. Which is faster, only a table knows.
     """
-    if tokens > most_fused_tokens(scheme, dtype, device):
+    if scheme.activations is None and tokens > most_fused_tokens(scheme, dtype, device):
         return dense(out_features, in_features, dtype)
     return fused(tokens, out_features, in_features, scheme, dtype, device)
 
@@ -91,7 +93,9 @@ def fused(
     tokens: int, out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype, device: Device
 ) -> MatmulConfig:
     """The fused kernel's configuration, by the heuristic, for any number of tokens."""
-    tile = _tile(tokens, scheme, dtype)
+    tile = (
+        _tile(tokens, scheme, dtype) if scheme.activations is None else _tile_int8(tokens, out_features, scheme, device)
+    )
     return dataclasses.replace(tile, splits=_splits(tile, tokens, out_features, in_features, scheme, device))
 
 
@@ -143,6 +147,37 @@ def _tile(tokens: int, scheme: Scheme, dtype: torch.dtype) -> MatmulConfig:
     if light and block_m == 8 and not long_step:
         max_registers = 184 if scheme.bits == 8 else 168  # for 11 or 12 programs on a multiprocessor
     return MatmulConfig(block_m, 64, 1, splits=1, num_warps=num_warps, num_stages=3, max_registers=max_registers)
+
+
+def _tile_int8(tokens: int, out_features: int, scheme: Scheme, device: Device) -> MatmulConfig:
+    """Tile and warps of products of codes, by what compiled code costs.
+
+    Up to 16 tokens one warp of 64 rows, as of 16-bit products. More tokens are a matter of arithmetic: as large a tile
+    as registers can hold the sums of. Affine codes have sums of their own beside them (see matmul_int8.py), groups
+    float32 ones, and short groups several at a time.
+    """
+    assert scheme.activations is not None
+    columns, group = block_columns(scheme.bits), scheme.group_size
+    grouped = isinstance(group, int)
+    short = isinstance(group, int) and group % columns != 0
+    sums = 1 + (not scheme.activations.symmetric) + (scheme.bits == 8 and scheme.value_map == "affine")
+    many = short and (sums > 2 or group not in (columns // 2, columns + columns // 2))  # sums in a block
+    stages = 3
+    if many:
+        block_m, block_n, num_warps = 8 if tokens <= 8 or not scheme.activations.symmetric else 16, 64, 2
+    elif tokens <= 16:
+        block_m, block_n, num_warps = 8 if tokens <= 8 else 16, 64, 1
+    elif tokens <= 32 or short:
+        block_m, block_n, num_warps = 32, 64, 2
+    elif tokens <= 64 or (grouped and sums > 1):
+        block_m, block_n, num_warps = 64, 64, 4
+    elif sums > 1:
+        block_m, block_n, num_warps = 64, 128, 8
+    elif grouped or device.capability != 90 or -(-tokens // 256) * -(-out_features // 128) < device.multiprocessors:
+        block_m, block_n, num_warps = 128, 128, 8
+    else:
+        block_m, block_n, num_warps, stages = 256, 128, 8, 4
+    return MatmulConfig(block_m, block_n, 1, 1, num_warps, num_stages=stages, max_registers=255)
 
 
 def _splits(

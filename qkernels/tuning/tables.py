@@ -68,7 +68,7 @@ def lookup(
     if distance > _FARTHEST:
         return None
     config = next((config for most, config in entries[shape] if tokens <= most), None)
-    return config if config is not None and fits(config, scheme, dtype) else None
+    return config if config is not None and fits(config, scheme, dtype, tokens, in_features) else None
 
 
 def read(path: pathlib.Path) -> list[Entry]:
@@ -114,13 +114,23 @@ def check(config: MatmulConfig | DenseConfig) -> None:
             raise ValueError(f"max_registers must be from 24 to 255, got {config.max_registers}")
 
 
-def fits(config: MatmulConfig | DenseConfig, scheme: Scheme, dtype: torch.dtype) -> bool:
-    """Whether a configuration can serve a scheme and a dtype of x.
+def fits(config: MatmulConfig | DenseConfig, scheme: Scheme, dtype: torch.dtype, tokens: int, in_features: int) -> bool:
+    """Whether a configuration can serve a product.
 
-    Scaling weights needs scales of x's own 16-bit dtype, groups to have different ones, and no offsets.
+    Scaling weights needs scales of x's own 16-bit dtype, groups to have different ones, no offsets, and x as it is.
+    Where activations are quantized a dense product is torch._int_mm's: of symmetric codes of 8 bits with one scale for
+    a row, more than 16 tokens, and whole blocks of k.
     """
-    if isinstance(config, DenseConfig) or not config.scale_weights:
+    if isinstance(config, DenseConfig):
+        if scheme.activations is None:
+            return True
+        symmetric = scheme.value_map == "symmetric" and scheme.activations.symmetric
+        one_group = scheme.group_length(in_features) >= in_features
+        return scheme.bits == 8 and symmetric and one_group and tokens > 16 and in_features % 64 == 0
+    if not config.scale_weights:
         return True
+    if scheme.activations is not None:
+        return False
     grouped = isinstance(scheme.group_size, int) and scheme.value_map != "offset"
     return grouped and scheme.scale_dtype is dtype and dtype is not torch.float32
 
@@ -165,9 +175,10 @@ def _by_kind(device: Device) -> dict[tuple[Any, ...], dict[Shape, list[tuple[int
     return found
 
 
-def _kind(scheme: Scheme) -> tuple[int, str | int, str]:
+def _kind(scheme: Scheme) -> tuple[int, str | int, str, bool | None]:
     """What of a scheme decides which configuration is best: one scale for a channel or for all costs the same."""
-    return scheme.bits, "channel" if isinstance(scheme.group_size, str) else scheme.group_size, scheme.value_map
+    group = "channel" if isinstance(scheme.group_size, str) else scheme.group_size
+    return scheme.bits, group, scheme.value_map, None if scheme.activations is None else scheme.activations.symmetric
 
 
 def _distance(a: Shape, b: Shape) -> float:
