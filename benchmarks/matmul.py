@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here, so nothing is timed. What follows is known without one.\n")
         print(floor_tables(chosen, options.gpu))
-        if not options.no_compile and (static := static_table(chosen, options.gpu)):
-            print("\n" + static)
+        if not options.no_compile:
+            print("\n" + static_table(chosen, options.gpu))
         return 0
     return _on_gpu(options, chosen, planned)
 
@@ -239,10 +239,7 @@ def floor_rows(
 
 
 def static_table(chosen: Suite, gpu: str) -> str:
-    """Registers, shared memory and instructions per weight of the suite's kernels, compiled for a GPU.
-
-    Of products of codes nothing is known: empty if there are no others.
-    """
+    """Registers, shared memory and instructions per weight of the suite's kernels, compiled for a GPU."""
     from benchmarks import static_cost
 
     tokens = [M for M in chosen.tokens if M in (1, 64)] or [chosen.tokens[0]]
@@ -250,10 +247,7 @@ def static_table(chosen: Suite, gpu: str) -> str:
         static_cost.Problem("matmul", scheme, CAPABILITIES[gpu], "bfloat16", M)
         for scheme in chosen.schemes
         for M in tokens
-        if Scheme.parse(scheme).activations is None
     ]
-    if not wanted:
-        return ""
     with static_cost.compiler(min(2, len(wanted))) as pool:
         found = list(pool.map(static_cost.cost, wanted))
     rows = [

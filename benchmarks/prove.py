@@ -55,7 +55,8 @@ _WATCHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 # What proves kernels needs torch, numpy and pytest; what uses them, transformers and matplotlib too.
 _KERNEL_TESTS = ("gpu", "kernels", "kernels_int8", "rounding", "tune")
 _LAYER_TESTS = ("merge", "gpu_models", "benchmarks", "benchmarks_int8", "model_benchmark")
-_SMALL = ("tests/test_kernels.py", "tests/test_kernels_int8.py", "-k", "is_exact or one_hot or memory_around")
+_EXACT = "is_exact or codes_are_exact or one_hot or around"
+_SMALL = ("tests/test_kernels.py", "tests/test_kernels_int8.py", "-k", _EXACT)
 
 
 def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:

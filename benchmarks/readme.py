@@ -127,7 +127,7 @@ def static_table(records: Sequence[dict[str, Any]]) -> str:
 
 def floor_block() -> str:
     """What is known without a measurement."""
-    schemes = (SCHEME, "w8cs", "w2g64")
+    schemes = (SCHEME, "w8cs", "w2g64", "w8a8")
     ceilings = floors.GPUS["H200"]
     table = markdown(
         ("layer", "N", "K", "M", *schemes, "bfloat16"), matmul.floor_rows(MODEL, schemes, (1, 64, 512), ceilings)
@@ -135,7 +135,8 @@ def floor_block() -> str:
     return (
         f"No result file from a GPU yet. These are floors, in microseconds: no product of M tokens with a layer of "
         f"{MODEL} can take less on an {ceilings.device} ({ceilings.copy / 1e12:.1f} TB/s copied, "
-        f"{ceilings.matmul / 1e12:.0f} TFLOP/s bfloat16).\n\n{table}"
+        f"{ceilings.matmul / 1e12:.0f} TFLOP/s bfloat16, and for w8a8 the {ceilings.int8 / 1e12:.0f} TOP/s int8 of its "
+        f"datasheet, which no program reaches).\n\n{table}"
     )
 
 

@@ -23,6 +23,8 @@ from benchmarks.products import Problem
 from benchmarks.providers import PROVIDERS
 from qkernels.scheme import Scheme
 from qkernels.tuning import problems, timing
+from tests import fake_gpu
+from tests.fake_gpu import CEILINGS, FakeClock, FakeGpu, machine
 
 H200 = floors.GPUS["H200"]
 
@@ -120,34 +122,6 @@ def test_interval_of_a_median() -> None:
             timing.median_interval(bad)
 
 
-class FakeClock:
-    """Time that passes only when a stand-in says so; what happened is in `log`."""
-
-    def __init__(self) -> None:
-        self.now_us = 0.0
-        self.log: list[str] = []
-
-    def work(self, name: str, us: float) -> Callable[[], None]:
-        def run() -> None:
-            self.log.append(name)
-            self.now_us += us
-
-        return run
-
-    def hold(self) -> None:
-        self.log.append("hold")
-
-    def mark(self) -> float:
-        self.log.append("mark")
-        return self.now_us
-
-    def elapsed_us(self, start: float, stop: float) -> float:
-        return stop - start
-
-    def wait(self) -> None:
-        self.log.append("wait")
-
-
 def test_interleaved_times_belong_to_their_candidates() -> None:
     clock = FakeClock()
     found = timing.interleave({"a": clock.work("a", 3), "b": clock.work("b", 5)}, clock, rounds=2, seed=0)
@@ -173,37 +147,9 @@ def test_eager_replays_start_on_an_idle_device() -> None:
 # ---- a stand-in for a GPU ----
 
 
-class FakeGpu(FakeClock):
-    """Graphs take 3 us to start, and as long for each call as `call_us` says; calls run when captured."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.captured: list[tuple[int, int]] = []  # (calls, times)
-        self.call_us: Callable[[Any], float] = lambda call: 4.0
-
-    def capture(self, calls: list[timing.Call], times: int = 1) -> Any:
-        for call in calls:
-            call()
-        self.captured.append((len(calls), times))
-        us = 3.0 + times * sum(self.call_us(call) for call in calls)
-
-        class Graph:
-            replay = staticmethod(self.work("replay", us))
-
-        return Graph()
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fake = FakeGpu()
-    monkeypatch.setattr(timing, "capture", fake.capture)
-    monkeypatch.setattr(timing, "warm_up", lambda calls: [call() for call in calls])
-    monkeypatch.setattr(timing, "CudaClock", lambda: fake)
-    monkeypatch.setattr(timing, "l2_bytes", lambda: 100_000)
-    monkeypatch.setattr(harness, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
-    return fake
+    return fake_gpu.install(monkeypatch)
 
 
 def test_times_are_of_one_call(gpu: FakeGpu) -> None:
@@ -235,7 +181,6 @@ def test_eager_times_are_of_twenty_calls_or_more(gpu: FakeGpu) -> None:
     assert gpu.log.count("long") == 2 + 2 + 5 * 2
 
 
-CEILINGS = floors.Ceilings("stand-in", copy=1e11, matmul=1e15, source="measured", read=2e11)
 SMALL = Problem(3, 64, 256, "w4g64", "m", "l")  # about 10 kB in 4 bits: at 100 GB/s about 0.1 us, 0.05 us read
 
 
@@ -545,17 +490,11 @@ def test_what_nvidia_smi_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: pathl
 # ---- the command ----
 
 
-def _machine() -> harness.Record:
-    return {
-        "device": "NVIDIA Imaginary", "driver": "1.2", "torch": "9.9", "triton": "8.8", "commit": "0123456789abcdef+",
-    }  # fmt: skip
-
-
 @pytest.fixture
 def results(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
     """A result file, of a run of the command on the stand-in."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(harness, "machine", lambda code: _machine())
+    monkeypatch.setattr(harness, "machine", lambda code: machine())
     monkeypatch.setattr(harness, "ceilings", lambda: dataclasses.replace(CEILINGS, copy=1e13))
     layers = (problems.Layer("qkv", 64, 256), problems.Layer("down", 128, 512))
     monkeypatch.setitem(problems.MODELS, "Llama-3-8B", layers)
@@ -586,7 +525,7 @@ def test_wrong_products_fail_the_command(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(harness, "machine", lambda code: _machine())
+    monkeypatch.setattr(harness, "machine", lambda code: machine())
     monkeypatch.setattr(harness, "ceilings", lambda: CEILINGS)
     monkeypatch.setitem(problems.MODELS, "Llama-3-8B", (problems.Layer("qkv", 64, 256),))
     monkeypatch.setitem(PROVIDERS, "qkernels", Broken())
@@ -689,7 +628,7 @@ def test_the_notebook_of_speed_shows_what_there_is(
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(harness, "machine", _machine)
+    monkeypatch.setattr(harness, "machine", machine)
     monkeypatch.setattr(harness, "newest", ({"matmul": results} if with_gpu else {}).get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
     monkeypatch.setattr(harness, "measure", functools.partial(harness.measure, replays=1))
