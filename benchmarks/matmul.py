@@ -46,6 +46,7 @@ class Suite:
     providers: tuple[str, ...]
     seconds: float
     first: tuple[int, ...] = FIRST_TOKENS  # tokens that are measured before others
+    kind: str = "matmul"  # of its result files
 
 
 _PARTS = ("cublas", "qkernels", "qkernels-codes", "qkernels-quantize", "qkernels-a16", "int_mm")
@@ -62,8 +63,24 @@ SUITES = {
         3600.0,
     ),
     # No peer multiplies int8 by groups of 4 bits: there the parts, and what x costs that is not quantized, tell.
-    "w8a8": Suite(("Llama-3-8B", "Llama-3-70B"), ("w8a8",), problems.TOKENS, (*_PARTS, *_PEERS), 1200.0, INT8_TOKENS),
-    "w4a8": Suite(("Llama-3-8B", "Llama-3-70B"), ("w4a8", "w4g128-a8"), problems.TOKENS, _PARTS, 900.0, INT8_TOKENS),
+    "w8a8": Suite(
+        ("Llama-3-8B", "Llama-3-70B"),
+        ("w8a8",),
+        problems.TOKENS,
+        (*_PARTS, *_PEERS),
+        1200.0,
+        INT8_TOKENS,
+        "matmul-w8a8",
+    ),
+    "w4a8": Suite(
+        ("Llama-3-8B", "Llama-3-70B"),
+        ("w4a8", "w4g128-a8"),
+        problems.TOKENS,
+        _PARTS,
+        900.0,
+        INT8_TOKENS,
+        "matmul-w4a8",
+    ),
 }
 # GPU -> compute capability that its kernels are compiled for
 CAPABILITIES = {"H200": 90, "H100": 90, "B200": 100, "A100": 80, "L4": 89, "RTX 4090": 89}
@@ -80,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         tuple(options.providers or suite.providers),
         options.seconds or suite.seconds,
         suite.first,
+        suite.kind,
     )
     planned = harness.most_informative_first(chosen.models, chosen.schemes, chosen.tokens, chosen.first)
     if not torch.cuda.is_available():
@@ -121,7 +139,7 @@ def _on_gpu(options: argparse.Namespace, chosen: Suite, planned: Sequence[Proble
     )
     sets, providers = harness.WeightSets(), [PROVIDERS[name] for name in chosen.providers]
     path = harness.result_path(options.out, machine["device"], harness.today(), options.suite)
-    record = harness.header("matmul", options.suite, machine, ceilings)
+    record = harness.header(chosen.kind, options.suite, machine, ceilings)
     record["providers"] = {provider.name: provider.what for provider in providers}
 
     def measure(problem: Problem) -> harness.Record:

@@ -222,7 +222,14 @@ def draw_accuracy(record: harness.Record, path: pathlib.Path) -> Iterator[pathli
 
 
 # kind of a result file -> what draws it
-DRAWERS = {"matmul": draw, "energy": draw_energy, "energy-prefill": draw_energy, "accuracy": draw_accuracy}
+DRAWERS = {
+    "matmul": draw,
+    "energy": draw_energy,
+    "accuracy": draw_accuracy,
+    "matmul-w8a8": draw,
+    "matmul-w4a8": draw,
+    "energy-prefill": draw_energy,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -241,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in files:
         record = json.loads(path.read_text())
         if not isinstance(record, dict) or record.get("kind") not in DRAWERS:
-            names = dict.fromkeys(f"benchmarks.{kind.removesuffix('-prefill')}" for kind in DRAWERS)
+            names = dict.fromkeys(f"benchmarks.{kind.split('-')[0]}" for kind in DRAWERS)
             parser.error(f"{path} is no result file of {' or '.join(names)}")
         for picture in DRAWERS[record["kind"]](record, path):
             print(picture)

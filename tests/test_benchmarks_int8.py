@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import activations, floors, harness, matmul, plot, products, providers_int8, targets
+from benchmarks import activations, floors, harness, matmul, plot, products, providers_int8, readme, targets
 from benchmarks.floors import Ceilings
 from benchmarks.products import Prepared, Problem, Provider, Work
 from benchmarks.providers import PROVIDERS, WEIGHT_PROVIDERS
@@ -327,9 +327,8 @@ def test_a_run_of_a_suite(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(harness, "machine", lambda code: machine())
     monkeypatch.setattr(harness, "ceilings", lambda: dataclasses.replace(CEILINGS, copy=1e13, int8=1e15))
-    layers = (problems.Layer("qkv", 64, 256), problems.Layer("down", 128, 512))
-    monkeypatch.setitem(problems.MODELS, "Llama-3-8B", layers)
-    few = tuple(dataclasses.replace(target, fewest=32) for target in targets.TARGETS[:2])
+    monkeypatch.setitem(problems.MODELS, "Llama-3-8B", (problems.Layer("qkv", 64, 256),))
+    few = tuple(dataclasses.replace(target, fewest=64) for target in targets.TARGETS[:2])
     monkeypatch.setattr(targets, "TARGETS", few)
 
     def call_us(call: Any) -> float:
@@ -338,17 +337,17 @@ def test_a_run_of_a_suite(
 
     gpu.call_us = call_us
     names = ["cublas", "qkernels", "qkernels-codes", "qkernels-quantize", "qkernels-a16", "int_mm", "int_mm-dynamic"]
-    command = ["--suite", "w8a8", "--models", "Llama-3-8B", "--tokens", "1", "32", "--providers", *names]
+    command = ["--suite", "w8a8", "--models", "Llama-3-8B", "--tokens", "1", "64", "--providers", *names]
     assert matmul.main([*command, "--replays", "4", "--seconds", "1000", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/*-w8a8.json")
     record = json.loads(path.read_text())
-    assert (record["suite"], record["finished"], record["planned"]) == ("w8a8", True, 4)
+    assert (record["suite"], record["finished"], record["planned"]) == ("w8a8", True, 2)
     assert record["ceilings"]["int8"] == 1e15
-    one, many = (p["providers"] for p in record["problems"] if p["layer"] == "qkv")
+    one, many = (p["providers"] for p in record["problems"])
     assert one["int_mm"] == {"skipped": "torch._int_mm: more than 16 tokens only"}
     assert many["qkernels"]["speed_up"] == pytest.approx(3, rel=0.05)
     ceilings = Ceilings(**record["ceilings"])
-    assert many["qkernels"]["floor_us"] == pytest.approx(floors.floor_us(32, 64, 256, W8A8, ceilings))
+    assert many["qkernels"]["floor_us"] == pytest.approx(floors.floor_us(64, 64, 256, W8A8, ceilings))
     printed = capsys.readouterr().out
     assert "1000 TOP/s int8 by its datasheet" in printed
     assert "Llama-3-8B, w8cs-a8s" in printed
@@ -356,10 +355,19 @@ def test_a_run_of_a_suite(
     assert "met" in over_dense
     assert "met" in over_torch
     assert [line[-9] for line in (over_dense, over_torch)] == ["1.50", "0.70"]
-    assert [line[-7:-4] for line in (over_dense, over_torch)] == [["2", "of", "2"]] * 2
+    assert [line[-7:-4] for line in (over_dense, over_torch)] == [["1", "of", "1"]] * 2
     assert [float(line[-8]) for line in (over_dense, over_torch)] == pytest.approx([3, 0.75], abs=0.03)
-    assert plot.main([str(path)]) == 0
+    assert plot.main([str(tmp_path)]) == 0  # of each kind the newest
     assert len(list(path.parent.glob("*.png"))) == 2
+    assert harness.newest("matmul", tmp_path) is None  # the README's other table keeps its file
+    assert harness.newest("matmul-w8a8", tmp_path) == path
+    empty = "<!-- speed:begin -->\n<!-- speed:end -->\n"
+    shown = readme.with_speed(empty, None, w8a8=path)
+    assert "No result file from a GPU yet" in shown
+    (row,) = (line.split(" | ") for line in shown.splitlines() if line.startswith("| qkv | 64 | 256 | 64 |"))
+    assert [float(us) for us in row[4:11]] == pytest.approx([4, 12, 4, 4, 4, 3, 3], abs=0.15)
+    assert "int8 counts with the 1000 TOP/s of the datasheet" in shown
+    assert "Llama-3-8B-w8cs-a8s-speed-up.png" in shown
 
 
 def test_without_a_gpu_the_suites_say_so(
