@@ -364,7 +364,7 @@ def test_a_run_of_a_suite(
     empty = "<!-- speed:begin -->\n<!-- speed:end -->\n"
     shown = readme.with_speed(empty, None, w8a8=path)
     assert "No result file from a GPU yet" in shown
-    (row,) = (line.split(" | ") for line in shown.splitlines() if line.startswith("| qkv | 64 | 256 | 64 |"))
+    _, row = (line.split(" | ") for line in shown.splitlines() if line.startswith("| qkv | 64 | 256 | 64 |"))
     assert [float(us) for us in row[4:11]] == pytest.approx([4, 12, 4, 4, 4, 3, 3], abs=0.15)
     assert "int8 counts with the 1000 TOP/s of the datasheet" in shown
     assert "Llama-3-8B-w8cs-a8s-speed-up.png" in shown
