@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,17 @@ class QuantizedActivations:
         return (
             f"QuantizedActivations(shape={tuple(self.shape)}, '{self.how}' for {self.weight_bits}-bit weights, "
             f"dtype={self.dtype}, device='{self.codes.device}')"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(kind is not cls for kind in types):
+            return NotImplemented  # F.linear(x, q) is a QTensor's business
+        raise TypeError(
+            f"QuantizedActivations do not support {getattr(func, '__name__', func)}; a QuantLinear and F.linear(x, q) "
+            "with a QTensor take them, and x.dequantize() is a plain tensor"
         )
 
     def dequantize(self) -> Tensor:

@@ -12,13 +12,11 @@ from qkernels import formats
 from qkernels.formats import native
 from qkernels.formats.native import FormatError, Path
 from qkernels.merge import merge_siblings
-from qkernels.nn import QuantEmbedding, QuantModule
+from qkernels.nn import QuantModule
 from qkernels.pretrained import describe
 from qkernels.replace import Slot, places, slot, tie, weight_shape
 from qkernels.siblings import MergedLinear
 from qkernels.tensor import QTensor
-
-_WITHOUT_ORDER = (nn.Embedding, QuantEmbedding)
 
 
 def save(source: nn.Module | Mapping[str, Tensor | QTensor], path: Path) -> None:
@@ -144,8 +142,8 @@ def _check_fits_model(
             raise FormatError(f"{path}: {name} is quantized, but the model has no layer for it of that name")
         if found.shape != tensor.shape:
             raise FormatError(f"{path}: {name} is {tuple(tensor.shape)}, but the model's layer is {found.shape}")
-        if tensor.order is not None and (found.projection is not None or isinstance(found.module, _WITHOUT_ORDER)):
-            raise FormatError(f"{path}: {name} has an order of inputs, which an embedding or experts cannot have")
+        if why_not := found.why_not(tensor.scheme, tensor.order is not None):
+            raise FormatError(f"{path}: {name} {why_not}")
         layers[found] = tensor
         wanted.pop(found.float_name, None)
         for suffix in native.SUFFIXES:

@@ -32,8 +32,7 @@ class _Layout(NamedTuple):
 def _layout(scheme: str, out_features: int, in_features: int) -> _Layout:
     parsed = as_scheme(scheme)
     _check_in_features(in_features)
-    if parsed.activations is not None:
-        _check_sums(parsed, in_features)
+    check_sums(parsed, in_features)
     return _Layout(
         parsed,
         (out_features, packing.packed_words(parsed.bits, in_features)),
@@ -42,9 +41,10 @@ def _layout(scheme: str, out_features: int, in_features: int) -> _Layout:
     )
 
 
-def _check_sums(scheme: Scheme, in_features: int) -> None:
+def check_sums(scheme: Scheme, in_features: int) -> None:
     """Raise ValueError if the sum of the products of codes of one group might not fit an int32."""
-    assert scheme.activations is not None
+    if scheme.activations is None:
+        return
     largest = 128 if scheme.value_map == "symmetric" else scheme.code_max  # 4-bit symmetric ones count as 16 times that
     most = (2**31 - 1) // (largest * (127 if scheme.activations.symmetric else 255))
     if (length := min(in_features, scheme.group_length(in_features))) > most:
@@ -129,14 +129,13 @@ def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features
 
 def check_static(activation: Tensor | None, scheme: Scheme, device: torch.device) -> None:
     """Raise ValueError unless there is a static range of activations exactly where a scheme has one."""
-    static = scheme.activations is not None and scheme.activations.static
     if activation is None:
-        if static:
+        if scheme.is_static:
             raise ValueError(
                 f"scheme {str(scheme)!r} needs activation, the scale and zero of its inputs, which calibration finds"
             )
         return
-    if not static:
+    if not scheme.is_static:
         raise ValueError(f"activation must be None for scheme {str(scheme)!r}, whose activations are not static")
     if activation.shape != (2,) or activation.dtype is not torch.float32:
         raise ValueError(f"activation must be (2,) float32, got {tuple(activation.shape)} {activation.dtype}")

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("input", type=pathlib.Path, help="a safetensors file")
     quantize.add_argument("output", type=pathlib.Path, help="the file to write")
     which = quantize.add_mutually_exclusive_group(required=True)
-    which.add_argument("--scheme", help="such as w4g128")
+    which.add_argument("--scheme", help="such as w4g128, or w8a8, whose activations are quantized as they come")
     which.add_argument(
         "--plan", type=pathlib.Path, metavar="FILE", help="a scheme for each layer: what Plan.save wrote"
     )
@@ -189,6 +189,12 @@ def _quantize(options: argparse.Namespace) -> None:
         raise ValueError("--skip is for --scheme: a plan names the layers that it quantizes")
     plan = None if options.plan is None else Plan.load(options.plan)
     scheme = None if plan is not None else Scheme.parse(options.scheme)
+    for asked in [layer.scheme for layer in plan.layers] if plan is not None else [Scheme.parse(options.scheme)]:
+        if asked.is_static:
+            raise ValueError(
+                f"{asked} has static activations, whose scale calibration finds, which a file of weights cannot be run "
+                "for: use qkernels.quantize_model(model, ..., calibration=...), or take dynamic ones, such as w8a8"
+            )
     if options.output.exists() and options.output.samefile(options.input):
         raise ValueError(f"{options.output} is the input itself: choose another name")
     native.check_writable(options.output)

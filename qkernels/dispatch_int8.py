@@ -30,7 +30,8 @@ def quantize_activations(
     if x.numel() == 0:
         return packed_oracle(x, scheme, static, norm, eps)
     x = _rows(x)
-    quantize = _quantizer(x.shape, x.stride(), x.get_device(), scheme, norm is not None, eps)
+    dtypes = x.dtype, None if norm is None else norm.dtype
+    quantize = _quantizer(x.shape, x.stride(), dtypes, x.get_device(), scheme, eps)
     return quantize(x, static, None if norm is None else norm.contiguous())
 
 
@@ -57,12 +58,17 @@ def _rows(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=_KINDS)
 def _quantizer(
-    shape: torch.Size, stride: tuple[int, ...], device: int, scheme: Scheme, has_norm: bool, eps: float
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype | None],  # of x and of a norm
+    device: int,
+    scheme: Scheme,
+    eps: float,
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], Quantized]:
-    """For tokens of one kind; for each GPU its own, as launches remember what they compiled."""
+    """For tokens of one kind: launches remember what they compiled, for one set of dtypes."""
     from qkernels.kernels import activations
 
-    return activations.prepare(shape, stride, scheme, has_norm, eps, choose.activations(scheme, shape[-1]))
+    return activations.prepare(shape, stride, scheme, dtypes[1] is not None, eps, choose.activations(scheme, shape[-1]))
 
 
 def product(
@@ -83,7 +89,8 @@ def product(
     if isinstance(config, DenseConfig):
         return functools.partial(_dense, dtype=dtype, config=config)
     weight = (packed.shape[0], packed.stride(0), scale.shape, scale.stride(), packed.get_device())
-    return _fused(codes, *weight, bias is not None, scheme, in_features, dtype, config)
+    dtypes = dtype, scale.dtype, None if bias is None else bias.dtype
+    return _fused(codes, *weight, dtypes, scheme, in_features, config)
 
 
 @functools.lru_cache(maxsize=_KINDS)
@@ -94,18 +101,16 @@ def _fused(
     scale_shape: torch.Size,
     scale_stride: tuple[int, ...],
     device: int,
-    has_bias: bool,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],  # of y, scale and bias
     scheme: Scheme,
     in_features: int,
-    dtype: torch.dtype,
     config: MatmulConfig,
 ) -> Product:
-    """For each GPU its own, as launches remember what they compiled."""
+    """For operands of one kind: launches remember what they compiled, for one set of dtypes."""
     from qkernels.kernels import matmul_int8 as kernel
 
-    return kernel.prepare(
-        codes, out_features, stride, scale_shape, scale_stride, has_bias, scheme, in_features, dtype, config
-    )
+    scale = scale_shape, scale_stride
+    return kernel.prepare(codes, out_features, stride, *scale, dtypes, scheme, in_features, config)
 
 
 def _dense(

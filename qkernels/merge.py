@@ -40,8 +40,8 @@ def merge_siblings(model: nn.Module, groups: Sequence[Sequence[str]] = SIBLINGS)
         groups: attribute names of siblings in one parent, such as ("q_proj", "k_proj", "v_proj").
 
     Siblings of different schemes, input sizes or devices, with and without bias, or that sit in several places, stay
-    apart, and so do those with one scale for the whole tensor, or with an order of inputs of their own (act-order
-    GPTQ): the result says why. Merged ones stay as they are.
+    apart, and so do those with one scale for the whole tensor, with an order of inputs of their own (act-order GPTQ),
+    or with static activations of different scales: the result says why. Merged ones stay as they are.
     """
     merged, apart, not_proved = [], [], []
     where = places(model)
@@ -94,6 +94,8 @@ def _alone(layer: QuantLinear, where: dict[nn.Module, list[tuple[nn.Module, str]
         return "one scale for a whole tensor"
     if layer.weight_order is not None:
         return "an order of inputs of its own"
+    if layer.weight_activation is not None and layer.weight_activation.is_meta:
+        return "static activations without values"
     if len(where[layer]) > 1:
         return "a layer in several places"
     return "hooks or a forward of its own" if _is_hooked(layer) else None

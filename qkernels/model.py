@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from qkernels import fit
+from qkernels.calibrate import ranges as static_ranges
 from qkernels.calibrate.batches import Batch, CalibrationError
-from qkernels.calibrate.blocks import calibrate
-from qkernels.calibrate.distill import distill as distilled
-from qkernels.calibrate.probe import importances, random_batches, written_batches
+from qkernels.calibrate.linears import Choice, Chosen, LinearPlan, method_for, quantized_linears
+from qkernels.calibrate.probe import random_batches, written_batches
 from qkernels.calibrate.smooth import METHODS as SMOOTHINGS
 from qkernels.calibrate.smooth import smoothed
 from qkernels.merge import SIBLINGS, check_groups, merge_siblings
@@ -25,12 +26,10 @@ from qkernels.replace import counterpart, linears_for_conv1d, places, put
 from qkernels.scheme import Scheme, as_scheme
 from qkernels.selection import DEFAULT_SKIP, Extra, check_extra, check_quantizable, check_weight, select
 from qkernels.summary import LayerReport, QuantizationReport
-from qkernels.tensor import QTensor, quantize
+from qkernels.tensor import quantize
 
 METHODS = (*fit.METHODS, "gptq")
 SOURCES = ("random", "written")  # of calibration, where a user has no batches
-# Where nothing is known of the inputs, a search that lowers the error of weights pays at the output only here.
-_BLIND_SEARCH_BITS = 3
 _WRITTEN = 48, 256  # sequences and their tokens, of the model's own: second moments need more than the size of inputs
 
 
@@ -44,6 +43,8 @@ def quantize_model(
     rounding: int = 0,
     distill: int = 0,
     resume: str | os.PathLike[str] | None = None,
+    ranges: str = "mse",
+    fallback: float | None = None,
     skip: Sequence[str] = DEFAULT_SKIP,
     schemes: Mapping[str, str | Scheme | None] | None = None,
     embeddings: str | Scheme | None = None,
@@ -84,6 +85,12 @@ def quantize_model(
             pass of the whole model for each batch, and a second set of weights.
         resume: a folder, for "gptq", where each finished block is kept; the same call, after it was cut off, goes on
             from there. It is yours to remove.
+        ranges: how static ranges of inputs, of schemes such as "w8cs-a8ts", are found, from batches as for "search":
+            "minmax" covers all that comes, "percentile" 99.99 % of it, "mse" loses least of the inputs' square. Weights
+            get the codes that they have without quantized activations. Layers that see no batch, and experts, are
+            dynamic instead; the report says so.
+        fallback: the most that quantizing its inputs may lose at a layer's output, relative to it, on such batches, say
+            0.05: where it is more, the layer's inputs stay as they are; the report says where. None: nowhere.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.
@@ -107,13 +114,15 @@ def quantize_model(
     QuantLinear(in_features=128, out_features=10, bias=True, scheme='w8c')
     """
     start = time.perf_counter()
-    check_method(method, calibration, resume, rounding, distill, smooth)
+    default = None if isinstance(scheme, Plan) else as_scheme(scheme)
     patterns = dict(schemes or {})
     if isinstance(scheme, Plan):
         for pattern, planned in scheme.schemes.items():
             patterns.setdefault(pattern, planned)
-    default = None if isinstance(scheme, Plan) else as_scheme(scheme)
+    check_method(method, calibration, resume, rounding, distill, smooth)
+    check_activations([default, *patterns.values()], method, calibration, ranges, fallback, bool(distill or smooth))
     groups = list(check_groups(SIBLINGS if merge is True else merge or ()))
+    choice = Choice(method, rounding, distill, resume, ranges, fallback, progress)
     layers: list[LayerReport] = []
     with linears_for_conv1d(model):
         chosen = select(model, default, skip, patterns, None if embeddings is None else as_scheme(embeddings))
@@ -125,22 +134,18 @@ def quantize_model(
         for name, extra in chosen.extras.items():
             check_extra(name, extra)
         where = places(model)
-        batches = None
-        if plan and (method != "rtn" or smooth or distill):
-            batches = batches_of(model, calibration)
-        if isinstance(batches, Iterator) and (smooth or distill):
-            batches = list(batches)  # they are gone through again
+        batches = _batches(model, plan, choice, calibration, smooth)
         with _smoothing(model, plan, batches, smooth, progress) as scaled:
-            found: Iterable[tuple[str, QTensor, str]] = ()
-            if plan:
-                found = _quantized(model, plan, method, batches, rounding, distill, resume, progress)
+            found: Iterable[tuple[str, Chosen]] = quantized_linears(model, plan, batches, choice)
             if scaled:  # what fails before the last layer has its codes undoes the scaling
                 found = list(found)
-        for name, qweight, used in found:
+        for name, codes in found:
             linear, _ = plan.pop(name)
-            used = f"{smooth}, {used}" if name in scaled else used
-            layers.append(LayerReport.of(name, qweight, linear.weight.detach(), used))
-            put(counterpart(linear, qweight), where.pop(linear))
+            codes = dataclasses.replace(codes, method=f"{smooth}, {codes.method}") if name in scaled else codes
+            layers.append(
+                LayerReport.of(name, codes.weight, linear.weight.detach(), codes.method, codes.activation_error)
+            )
+            put(counterpart(linear, codes.weight), where.pop(linear))
             del linear  # the float weight goes before the next layer comes
         layers += quantize_extras(chosen.extras, method)
     merged = merge_siblings(model, groups) if groups else None
@@ -187,16 +192,35 @@ def check_method(
         raise ValueError("distill needs calibration: batches to call the model with, 'written' or 'random'")
     if smooth is not None and smooth not in SMOOTHINGS:
         raise ValueError(f"smooth must be one of {', '.join(map(repr, SMOOTHINGS))}, got {smooth!r}")
-    if method == "rtn" and calibration is not None and not distill and not smooth:
+
+
+def check_activations(
+    schemes: Iterable[str | Scheme | None],
+    method: str | None,
+    calibration: Iterable[Batch] | str | None,
+    ranges: str = "mse",
+    fallback: float | None = None,
+    calibrated: bool = False,
+) -> None:
+    """Raise ValueError unless arguments fit schemes, of which some may have quantized activations, and the method.
+
+    `calibrated` says whether something beside these uses calibration.
+    """
+    activations = [s.activations for s in (as_scheme(s) for s in schemes if s is not None) if s.activations is not None]
+    if ranges not in static_ranges.METHODS:
+        raise ValueError(f"ranges must be one of {', '.join(map(repr, static_ranges.METHODS))}, got {ranges!r}")
+    if fallback is not None:
+        if isinstance(fallback, bool) or not isinstance(fallback, (int, float)) or not fallback >= 0:
+            raise ValueError(f"fallback must be a relative error of 0 or more, such as 0.05, or None, got {fallback!r}")
+        if not activations:
+            raise ValueError("fallback is for schemes with quantized activations, such as 'w8a8': none is given")
+    used = calibrated or fallback is not None or any(how.static for how in activations)
+    if method == "rtn" and calibration is not None and not used:
         raise ValueError("method 'rtn' takes no calibration: rounding to nearest does not use it")
 
 
 def _smoothing(
-    model: nn.Module,
-    plan: Mapping[str, tuple[nn.Linear, Scheme]],
-    batches: Iterable[Batch] | None,
-    smooth: str | None,
-    progress: bool,
+    model: nn.Module, plan: LinearPlan, batches: Iterable[Batch] | None, smooth: str | None, progress: bool
 ) -> contextlib.AbstractContextManager[set[str]]:
     """Gives the names of the Linears whose columns were scaled; what its body raises undoes that."""
     if smooth is None:
@@ -206,51 +230,32 @@ def _smoothing(
     return smoothed(model, plan, batches, smooth, progress)
 
 
-def _quantized(
+def _batches(
     model: nn.Module,
-    plan: Mapping[str, tuple[nn.Linear, Scheme]],
-    method: str | None,
-    batches: Iterable[Batch] | None,
-    rounding: int,
-    distill: int,
-    resume: str | os.PathLike[str] | None,
-    progress: bool,
-) -> Iterator[tuple[str, QTensor, str]]:
-    """(name, weight, method) of each layer of the plan; all that may fail on a batch has run before the first comes."""
-    if method == "gptq":
-        assert batches is not None
-        done = calibrate(model, plan, batches, rounding=rounding, folder=resume, progress=progress)
-        found = iter([(name, *done.pop(name)) for name in plan])
-    else:
-        found = _each(model, plan, method, batches, progress)
-    if not distill:
-        yield from found
-        return
-    assert batches is not None
-    chosen = {name: (weight, used) for name, weight, used in found}
-    weights = {name: (plan[name][0], weight) for name, (weight, _) in chosen.items()}
-    for name, weight in distilled(model, weights, batches, epochs=distill, progress=progress).items():
-        yield name, weight, f"{chosen[name][1]}, distilled"
+    plan: LinearPlan,
+    choice: Choice,
+    calibration: Iterable[Batch] | str | None,
+    smooth: str | None,
+) -> Iterable[Batch] | None:
+    """The batches that the plan is carried out with; None where nothing asks for them, or a model reads no tokens.
 
-
-def _each(
-    model: nn.Module,
-    plan: Mapping[str, tuple[nn.Linear, Scheme]],
-    method: str | None,
-    batches: Iterable[Batch] | None,
-    progress: bool,
-) -> Iterator[tuple[str, QTensor, str]]:
-    """One layer after the other, by a method that looks at each by itself."""
-    from tqdm import tqdm
-
-    known: Mapping[str, Tensor] = {}
-    if batches is not None and method != "rtn":
-        known = importances(model, {name: linear for name, (linear, _) in plan.items()}, batches)
-    for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
-        linear, scheme = plan[name]
-        used, note = method_for(method, scheme, name in known)
-        yield name, quantize(linear.weight.detach(), scheme, method=used, importance=known.get(name)), used + note
-        del linear
+    Raises:
+        ValueError: there are none, but what is asked for cannot do without.
+    """
+    static = next((s for _, s in plan.values() if s.dynamic != s), None)
+    activations = any(s.activations is not None for _, s in plan.values())
+    needs = None
+    if activations and choice.fallback is not None:
+        needs = f"fallback={choice.fallback}"
+    elif static is not None:
+        needs = f"scheme '{static}' has static activations: it"
+    if not plan or (choice.method == "rtn" and not smooth and not choice.distill and needs is None):
+        return None
+    batches = batches_of(model, calibration)
+    if batches is None and needs is not None:
+        instead = "" if static is None else f"; '{static.dynamic}' needs none"
+        raise ValueError(f"{needs} needs calibration: batches to call the model with{instead}")
+    return list(batches) if isinstance(batches, Iterator) else batches  # they may be gone through again
 
 
 def batches_of(model: nn.Module, calibration: Iterable[Batch] | str | None) -> Iterable[Batch] | None:
@@ -274,11 +279,3 @@ def batches_of(model: nn.Module, calibration: Iterable[Batch] | str | None) -> I
     if batches is None and calibration is not None:
         raise ValueError(f"calibration {calibration!r} needs a model {needed}, got {type(model).__name__}")
     return batches
-
-
-def method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str, str]:
-    """(method, what to add to its name in the report) for one layer."""
-    blind = "" if weighted else " (inputs unknown)"
-    if method is None:
-        method = "search" if weighted or scheme.bits <= _BLIND_SEARCH_BITS else "rtn"
-    return method, "" if method == "rtn" else blind

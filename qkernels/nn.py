@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkernels import ops, ops_experts
 from qkernels.activations import QuantizedActivations
-from qkernels.checks import DTYPES
+from qkernels.checks import DTYPES, check_static_values
 from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, quantize, reordered
 
@@ -77,6 +77,12 @@ class QuantModule(nn.Module):
             own, given = self._parameters[name], state_dict.get(prefix + name)
             if own is not None and given is not None and own.dtype != given.dtype:
                 errors.append(f"{prefix}{name} of a {self.scheme} layer must be {own.dtype}, got {given.dtype}")
+        own, given = self._parameters["weight_activation"], state_dict.get(prefix + "weight_activation")
+        if own is not None and given is not None and given.shape == own.shape and given.dtype is own.dtype:
+            try:  # two numbers: another scheme's zero, or what is no scale, shows in no shape
+                check_static_values(given, self.scheme)
+            except ValueError as error:
+                errors.append(f"{prefix}weight_activation: {error}")
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 

@@ -3,9 +3,10 @@
     qkernels::matmul_experts  x (S, K), expert (S,), packed (E * N, words), ...  -> y (S, N)
 
 y[s] = x[s] @ w[expert[s]].T, where the weights of E experts are stacked along their rows. A row whose expert is E or
-more (one that another process has) gives zeros. The definition is the loop below over the experts that rows have, each
-a product of qkernels::matmul, on a CPU and on a GPU: one launch for each. How many rows an expert has is known to the
-host only after a wait for the GPU.
+more (one that another process has) gives zeros. Activations may be quantized, each row by itself,
+but not by a static scale. The definition is the loop below over the experts that rows have, each a product of
+qkernels::matmul, on a CPU and on a GPU: one launch for each. How many rows an expert has is known to the host only
+after a wait for the GPU.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def _matmul(one: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         parsed = check_weight(packed, scale, zero, scheme, in_features)
         _check(x, in_features, expert, packed, experts)
+        if parsed.is_static:
+            raise ValueError(f"experts cannot have static activations, got scheme {scheme!r}")
         return _by_expert(
             x,
             packed.shape[0] // experts,

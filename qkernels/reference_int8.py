@@ -10,7 +10,7 @@ Shapes    x (M, K) floating; code (M, K) int8; x_scale (M,) float32; x_zero (M,)
 Numerics  T is an integer, and exact. The rest is float32, one operation after the other as they stand, the
           groups in order, and one rounding at the end: so where a row of weights has one scale, kernels that round as
           IEEE says give these very bits. A code is x * (levels / range) rounded to nearest, a tie to the even one; it
-          is the nearest code to x within 2^-16 of a step.
+          is the nearest code to x within 2^-16 of a step (2^-15 if affine).
 Hostile   A token that holds NaN or infinity has scale NaN and codes 0: its outputs are NaN, those of other tokens what
           they were. Tokens of zeros have codes 0. Ranges below 2^-119 are taken for that, so nothing is divided by 0.
           What a static scale does not reach gets the last code.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qkernels.experts import projections, put_experts
 from qkernels.nn import PARTS, QuantEmbedding, QuantLinear, QuantModule
+from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor
 
 
@@ -84,6 +85,20 @@ class Slot:
     projection: str | None
     shape: tuple[int, int]
     float_name: str
+
+    def why_not(self, scheme: Scheme, ordered: bool) -> str | None:
+        """What of a weight that has the right shape cannot be here; None if it can.
+
+        ordered: whether it has an order of inputs.
+        """
+        embedding = isinstance(self.module, (nn.Embedding, QuantEmbedding))
+        if ordered and (embedding or self.projection is not None):
+            return "has an order of inputs, which an embedding or experts cannot have"
+        if embedding and scheme.activations is not None:
+            return f"is {scheme}, but an embedding has no activations to quantize"
+        if self.projection is not None and scheme.is_static:
+            return f"is {scheme}, but experts cannot have static activations"
+        return None
 
     @property
     def old(self) -> Tensor:

@@ -178,6 +178,18 @@ class Scheme:
         return dataclasses.replace(self, activations=None) if self.activations is not None else self
 
     @property
+    def dynamic(self) -> Scheme:
+        """The same, but each token with a scale of its own, where activations have static ones."""
+        if self.activations is None or not self.activations.static:
+            return self
+        return dataclasses.replace(self, activations=dataclasses.replace(self.activations, static=False))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations are quantized by one scale for all tokens, which a weight then carries along."""
+        return self.activations is not None and self.activations.static
+
+    @property
     def zero_dtype(self) -> torch.dtype | None:
         """Storage dtype of the tensor that goes with the scales: integer zeros, float offsets, or none (symmetric)."""
         return {"symmetric": None, "affine": torch.uint8, "offset": self.scale_dtype}[self.value_map]

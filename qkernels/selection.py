@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qkernels import reference
-from qkernels.checks import DTYPES
+from qkernels.checks import DTYPES, check_sums
 from qkernels.experts import projections, put_experts, stacked
 from qkernels.replace import counterpart, places, put, tie
 from qkernels.scheme import Scheme, as_scheme
@@ -105,7 +105,7 @@ def select(
                 if scheme is None or None in own.values():  # a layer's experts are quantized together
                     alone[f"{found[0]}.{p}"] = module
                 else:
-                    extras[f"{found[0]}.{p}"] = _projection(module, p, scheme)
+                    extras[f"{found[0]}.{p}"] = _projection(module, f"{found[0]}.{p}", scheme)
     for module, found in names.items():
         if isinstance(module, nn.Embedding):
             scheme = chosen(found, embeddings, module)
@@ -154,16 +154,23 @@ def _read_by_their_parents(model: nn.Module, names: Mapping[nn.Module, Sequence[
     }
 
 
-def _projection(module: nn.Module, name: str, scheme: Scheme) -> Extra:
+def _projection(module: nn.Module, path: str, scheme: Scheme) -> Extra:
+    name = path.rpartition(".")[2]
+
     def place(weight: QTensor) -> None:
         put_experts(module, name, weight)
 
-    return Extra(lambda: stacked(module, name), scheme, place)
+    return Extra(lambda: stacked(module, name), scheme.dynamic, place)  # few batches reach every expert
 
 
 def _embedding(model: nn.Module, name: str, module: nn.Embedding, scheme: Scheme) -> Extra:
     if module.max_norm is not None:
         raise ValueError(f"{name} has a max_norm, which changes its weight in use: it cannot be quantized")
+    if scheme.activations is not None:
+        raise ValueError(
+            f"{name} is an embedding, which has no inputs to quantize: scheme '{scheme.weight_only}' is for it, got "
+            f"'{scheme}'"
+        )
 
     def outputs() -> list[nn.Module]:
         return [output for output in places(model) if _is_tied(output, module)]
@@ -221,5 +228,6 @@ def check_weight(name: str, weight: Tensor, scheme: Scheme) -> None:
         raise ValueError(f"{name}.weight is on the meta device: load the weights first")
     try:
         reference.scale_and_zero(*reference.group_range(weight, scheme), scheme)
+        check_sums(scheme, weight.shape[1])
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None

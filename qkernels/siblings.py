@@ -213,6 +213,8 @@ class MergedLinear(QuantLinear):
         scales = [name for name in (f"{prefix}weight_scale", f"{prefix}weight_zero") if name in destination]
         for name in scales:  # columns of a wider tensor: what writes files wants them on their own
             destination[name] = destination[name].contiguous()
+        if (name := f"{prefix}weight_activation") in destination:  # and not one tensor under several names
+            destination[name] = destination[name].clone()
 
     def _load_from_state_dict(
         self,
@@ -226,6 +228,13 @@ class MergedLinear(QuantLinear):
     ) -> None:
         if self.shared.weight.is_meta:
             errors.append(f"{prefix}weight is part of a merged weight on the meta device: use qkernels.load")
+            return
+        own, given = self.shared.weight_activation, state_dict.get(f"{prefix}weight_activation")
+        if own is not None and given is not None and not torch.equal(own.cpu(), given.cpu()):
+            errors.append(
+                f"{prefix}weight_activation belongs to {len(self.shared.rows)} merged layers, and cannot change for "
+                "one of them: use qkernels.load"
+            )
             return
         copying = {k: v for k, v in local_metadata.items() if k != "assign_to_params_buffers"}
         self.apart()._load_from_state_dict(state_dict, prefix, copying, strict, missing, unexpected, errors)

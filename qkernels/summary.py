@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkernels import tables
 from qkernels.merge import Merged
+from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, QuantizationError
 
 
@@ -24,6 +25,8 @@ class LayerReport:
         nbytes: of codes, scales and zeros, padding included.
         error: of the weight.
         method: that chose the codes; with what stood in where it could not be used.
+        activation_error: what quantizing its inputs loses at its output, relative to it; None where not measured. The
+            scheme says whether they are.
     """
 
     name: str
@@ -33,9 +36,12 @@ class LayerReport:
     nbytes: int
     error: QuantizationError
     method: str
+    activation_error: float | None = None
 
     @classmethod
-    def of(cls, name: str, quantized: QTensor, weight: Tensor, method: str) -> LayerReport:
+    def of(
+        cls, name: str, quantized: QTensor, weight: Tensor, method: str, activation_error: float | None = None
+    ) -> LayerReport:
         """The report of a layer whose float weight became `quantized`."""
         return cls(
             name=name,
@@ -45,7 +51,13 @@ class LayerReport:
             nbytes=quantized.nbytes,
             error=quantized.error(weight),
             method=method,
+            activation_error=activation_error,
         )
+
+    @property
+    def inputs_left(self) -> bool:
+        """Whether its inputs stay as they are since quantizing them would lose too much."""
+        return self.activation_error is not None and Scheme.parse(self.scheme).activations is None
 
     @property
     def weights(self) -> int:
@@ -103,12 +115,18 @@ class QuantizationReport:
             for layer in self.layers
         ]
         columns: tuple[str, ...] = ("layer", "scheme", "method", "shape", "size", "bits/weight", "SNR dB")
+        if any(layer.activation_error is not None for layer in self.layers):
+            columns = (*columns, "input error")
+            errors = (layer.activation_error for layer in self.layers)
+            rows = [(*row, "" if e is None else f"{100 * e:.3g} %") for row, e in zip(rows, errors, strict=True)]
         text_columns = 3
         title = (
             f"{len(self.layers)} layers: {tables.size(self.original_bytes)} -> {tables.size(self.nbytes)}, "
             f"{self.bits_per_weight:.2f} bits per weight, SNR {self.error.snr_db:.1f} dB, {self.seconds:.1f} s; "
             f"left alone: {', '.join(self.skipped) or 'none'}"
         )
+        if count := sum(layer.inputs_left for layer in self.layers):
+            title += f"; inputs of {count} not quantized"
         if self.merged is not None:
             launch = {name: _together(names) for names in self.merged.groups for name in names}
             rows = [(*row[:3], launch.get(row[0], ""), *row[3:]) for row in rows]

@@ -116,7 +116,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: codes with their padding, scales, zeros or offsets."""
+        """Bytes stored: codes with their padding, scales, zeros or offsets, an order, static activations."""
         return sum(t.nbytes for t in self.tensors)
 
     @property
@@ -298,4 +298,5 @@ def stored_bytes(scheme: str | Scheme, out_features: int, in_features: int) -> i
     parsed = as_scheme(scheme)
     beside = parsed.scale_dtype.itemsize + (parsed.zero_dtype.itemsize if parsed.zero_dtype is not None else 0)
     groups, rows = parsed.scale_shape(out_features, in_features)
-    return 4 * out_features * packing.packed_words(parsed.bits, in_features) + groups * rows * beside
+    static = 8 if parsed.is_static else 0  # their scale and zero
+    return 4 * out_features * packing.packed_words(parsed.bits, in_features) + groups * rows * beside + static

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qkernels import packing
+from qkernels import packing, reference_int8
 from qkernels.scheme import Scheme
+from qkernels.tensor import QTensor, quantize
 from tests import truth
 
 Array = npt.NDArray[Any]
@@ -106,3 +107,13 @@ def signs(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Random values in {-1, 0, 1}."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-1, 2, (rows, columns), generator=generator).to(dtype)
+
+
+def quantized(w: Tensor, scheme: str, inputs: Tensor | None = None) -> QTensor:
+    """A weight by rounding to nearest; where activations are static, for inputs whose range is that of `inputs`."""
+    how = Scheme.parse(scheme).activations
+    if how is None or not how.static:
+        return quantize(w, scheme)
+    inputs = torch.linspace(-2.0, 3.0, 9) if inputs is None else inputs
+    scale, _, zero = reference_int8.dynamic_range(inputs.detach().float().reshape(1, -1), how)
+    return quantize(w, scheme, activation=torch.cat([scale, zero]))

@@ -52,6 +52,37 @@ def test_matmul(target: int, bits: int, pool: ProcessPoolExecutor) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_products_of_codes(target: int, pool: ProcessPoolExecutor) -> None:
+    """Groups of each kind, every tile that choose.py has, and M = 1, whose sizes Triton takes for constants."""
+    schemes = [text for text in static_cost.with_activations() if not text.endswith("a8ts")]
+    tokens = itertools.cycle((1, 17, 129, 9, 4096, 65, 33))
+    start = TARGETS.index(target)
+    problems = [
+        Problem("matmul", scheme, target, ("bfloat16", "float32")[i % 5 == 4], next(tokens))
+        for i, scheme in enumerate([*schemes[start :: len(TARGETS)], "w8cs-a8s", "w8cs-a8s", "w4g128-a8s"])
+    ]
+    for problem, cost in zip(problems, pool.map(static_cost.cost, problems), strict=True):
+        _check(problem, cost)
+        assert cost.mma > 0, f"{problem} has no tensor-core instruction: {cost.opcodes}"
+        if "c" in problem.scheme:  # the oracle's bits
+            assert not re.search(r"\bfma\.rn\.f32", cost.ptx), problem
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_activations(target: int, pool: ProcessPoolExecutor) -> None:
+    problems = [
+        Problem("activations", scheme, target, dtype, tokens=3, in_features=in_features)
+        for scheme, dtype, in_features in (
+            ("w8cs-a8s", "bfloat16", 4096), ("w4g128-a8", "float16", 4096), ("w8cs-a8ts", "float32", 28672),
+            ("w8cs-a8", "bfloat16", 28672), ("w4cs-a8s", "float32", 200),
+        )
+    ]  # fmt: skip
+    for problem, cost in zip(problems, pool.map(static_cost.cost, problems), strict=True):
+        _check(problem, cost)
+        assert not re.search(r"\.ftz|\.approx|\bfma\.rn\.f32|\bdiv\.full", cost.ptx), problem
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_quantize_and_dequantize(target: int, pool: ProcessPoolExecutor) -> None:
     turn = itertools.cycle(itertools.product(GROUPS, (*DTYPES, "float32")))
     chosen = itertools.islice(turn, TARGETS.index(target), None)
@@ -93,6 +124,12 @@ def test_float32_activations_stay_float32(target: int, scheme: str, pool: Proces
         (90, "w8g128", "bfloat16", 4.1),
         (90, "w3g128", "bfloat16", 3.1),
         (90, "w2g64", "bfloat16", 2.3),
+        (90, "w8cs-a8s", "bfloat16", 0.95),
+        (80, "w8cs-a8s", "bfloat16", 0.95),
+        (90, "w4g128-a8s", "bfloat16", 1.75),
+        (89, "w4g128-a8s", "bfloat16", 1.75),
+        (90, "w4g128s-a8s", "bfloat16", 1.0),
+        (90, "w4g64-a8s", "bfloat16", 2.5),
     ],
 )
 def test_instructions_per_weight(

@@ -32,6 +32,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "channel": {"strategy": "channel"},
     "tensor": {"strategy": "tensor"},
 }
+INPUTS: dict[
+    str, dict[str, Any]
+] = {  # what a scheme's string ends in -> input_activations; their tensors are _static's
+    "a8s": {"strategy": "token", "dynamic": True, "symmetric": True},
+    "a8": {"strategy": "token", "dynamic": True, "symmetric": False},
+    "a8ts": {"strategy": "tensor", "dynamic": False, "symmetric": True},
+    "a8t": {"strategy": "tensor", "dynamic": False, "symmetric": False},
+}
 
 
 def _config(format: str = PACKED, **weights: Any) -> dict[str, Any]:  # noqa: A002 - the field's name
@@ -44,6 +52,21 @@ def _config(format: str = PACKED, **weights: Any) -> dict[str, Any]:  # noqa: A0
         ignore=["lm_head"],
     ).model_dump(mode="json")
     return {"version": "0.20.0", "sparsity_config": {}, "transform_config": {}, **config}
+
+
+def _with_inputs(config: dict[str, Any], kind: str, group: str = "group_0", **changes: Any) -> dict[str, Any]:
+    """The configuration with input_activations, as the package writes them."""
+    args = QuantizationArgs(num_bits=8, **INPUTS[kind]).model_dump(mode="json")
+    entry = {**config["config_groups"][group], "input_activations": {**args, **changes}}
+    return {**config, "config_groups": {**config["config_groups"], group: entry}}
+
+
+def _static(kind: str, scale: float = 0.03, zero: int = -5, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors of static inputs as the package stores them."""
+    if "t" not in kind:
+        return {}
+    held = {"input_scale": torch.tensor([scale]).to(dtype)}
+    return held if kind.endswith("s") else {**held, "input_zero_point": torch.tensor([zero], dtype=torch.int8)}
 
 
 def _scheme(config: dict[str, Any]) -> Any:
@@ -359,9 +382,8 @@ ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tok
         (_changed({"config_groups": {}}), "config_groups must be an object of groups"),
         (_changed({"config_groups": {"W4A16": ["Linear"]}}), "config_groups 'W4A16': a group must be an object"),
         (_changed({"config_groups": [1]}), "config_groups must be an object"),
-        (_changed({}, input_activations=ACTIVATIONS), "'group_0': it has 'input_activations'.*not supported"),
         (_changed({}, output_activations=ACTIVATIONS), "it has 'output_activations'"),
-        (_changed({}, input_activations={}), "it has 'input_activations'"),
+        (_changed({}, input_activations={}), "input_activations: quantization_config has no 'num_bits'"),
         (_changed({}, targets=[]), "targets must be a list of strings"),
         (_changed({}, targets="Linear"), "targets must be a list of strings"),
         (_changed({}, targets=[3]), "targets must be a list of strings"),
@@ -605,6 +627,7 @@ _PART = st.tuples(
     st.sampled_from([*STRATEGIES]),
     st.booleans(),
     st.integers(1, 8),
+    st.none() | st.sampled_from([*INPUTS]),
     st.lists(
         st.tuples(
             st.sampled_from(
@@ -614,6 +637,10 @@ _PART = st.tuples(
             | st.tuples(
                 st.just("weights"),
                 st.sampled_from(["num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder"]),
+            )
+            | st.tuples(
+                st.just("input_activations"),
+                st.sampled_from(["num_bits", "type", "symmetric", "strategy", "dynamic", "zp_dtype", "x"]),
             ),
             _VALUES,
         ),
@@ -622,6 +649,7 @@ _PART = st.tuples(
     st.dictionaries(
         st.sampled_from(
             ["weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"]
+            + ["input_scale", "input_zero_point"] * 2
         ),
         st.none() | _PART,
         max_size=2,
@@ -632,11 +660,16 @@ def test_damage_is_named_or_harmless(
     strategy: str,
     symmetric: bool,
     bits: int,
+    inputs: str | None,
     changes: list[tuple[Any, Any]],
     tensors: dict[str, Any],
 ) -> None:
+    if inputs is not None:
+        bits = 4 if bits < 5 else 8  # which they meet
     config = _config(format, num_bits=bits, symmetric=symmetric, **STRATEGIES[strategy])
     parts = _stored(config, 6, 64, torch.float32)
+    if inputs is not None:
+        config, parts = _with_inputs(config, inputs), {**parts, **_static(inputs)}
     for path, value in changes:
         place: Any = config
         steps = [path] if isinstance(path, str) else ["config_groups", "group_0", *path]
@@ -651,5 +684,12 @@ def test_damage_is_named_or_harmless(
     with contextlib.suppress(ValueError, TypeError):
         found = _decode(config, parts)
         assert found.dequantize().isfinite().all()
+        given = config["config_groups"]["group_0"].get("input_activations")
+        assert (found.scheme.activations is None) == (given is None)
+        assert (found.activation is not None) == (given is not None and not given["dynamic"])
+        if found.activation is not None:
+            assert found.activation[0].double() == parts["input_scale"].double()
+            assert found.activation[1] == parts.get("input_zero_point", torch.zeros(1))
+        assert (torch.ones(2, found.shape[1]) @ found.T).shape == (2, found.shape[0])
         wanted = parts["weight"].shape if "weight" in parts else parts["weight_shape"].tolist()
         assert list(found.shape) == list(wanted)

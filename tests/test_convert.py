@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import weakref
 from typing import Any
 
@@ -23,6 +24,7 @@ from qkernels.convert import LARGEST_COPY, Converted, convert
 from qkernels.formats import native
 from qkernels.formats.folder import Checkpoint
 from tests import fake_format
+from tests import test_compressed_inputs as compressed_inputs
 from tests.fake_format import CONFIG
 
 MODULES = ("a", "bb", "ccc", "dddd")
@@ -134,6 +136,27 @@ def test_orders_and_aliases(tmp_path: pathlib.Path) -> None:
     assert found["a"] is found["c"]
     weights = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["weights"]
     assert weights == {"a": {"scheme": "w4g32", "shape": [6, 80], "ordered": True}}
+
+
+def test_quantized_inputs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of compressed-tensors: static ranges move with the codes, and config.json says how inputs are quantized."""
+    source = compressed_inputs.write_folder(tmp_path / "in")
+    wanted = formats.read(source)
+    for name, size in (("out", "1kB"), ("again", "1GB")):
+        assert cli.main(["convert", str(source), str(tmp_path / name), "--max-shard-size", size]) == 0
+        source = tmp_path / name
+        found = formats.read(source)
+        _same(found, wanted)
+        assert {n: q.activation is None for n, q in found.items() if isinstance(q, QTensor)} == {
+            "dynamic.weight": True, "static.weight": False,
+        }  # fmt: skip
+        weights = json.loads((source / "config.json").read_text())["quantization_config"]["weights"]
+        assert {n: entry["scheme"] for n, entry in weights.items()} == {
+            "dynamic.weight": "w8cs-a8s", "static.weight": "w8cs-a8t",
+        }  # fmt: skip
+        capsys.readouterr()
+        assert cli.main(["inspect", str(source)]) == 0
+        assert re.search(r"static\.weight +w8cs-a8t +6 +x +64", capsys.readouterr().out)
 
 
 OTHERS = {

@@ -22,6 +22,7 @@ from qkernels import FormatError, QTensor, cli, formats
 from qkernels.formats import native, reader
 from qkernels.formats.folder import READERS, Checkpoint
 from tests import fake_format
+from tests import test_compressed_inputs as compressed_inputs
 from tests.fake_format import CONFIG
 
 A = fake_format.tensors()
@@ -77,6 +78,26 @@ def test_the_whole_file_goes_before_an_index(tmp_path: pathlib.Path) -> None:
     fake_format.write(tmp_path, {"model.safetensors": stored}, index=index)
     safetensors.torch.save_file(stored, tmp_path / "consolidated.safetensors")
     _check(formats.read(tmp_path), stored)
+
+
+def test_quantized_inputs(tmp_path: pathlib.Path) -> None:
+    """Of compressed-tensors: their scale and zero are parts of the weight, wherever they lie."""
+    folder = compressed_inputs.write_folder(tmp_path)
+    found = formats.read(folder)
+    assert found.keys() == {"dynamic.weight", "static.weight", "static.bias"}
+    given = found["static.weight"]
+    assert isinstance(given, QTensor)
+    assert given.activation is not None
+    assert (str(given.scheme), given.activation.tolist()) == ("w8cs-a8t", [0.25, -5])
+    dynamic = found["dynamic.weight"]
+    assert isinstance(dynamic, QTensor)
+    assert (str(dynamic.scheme), dynamic.activation) == ("w8cs-a8s", None)
+    for path in folder.glob("*.safetensors"):
+        state = safetensors.torch.load_file(path)
+        if "static.input_scale" in state:
+            safetensors.torch.save_file({**state, "static.input_scale": torch.tensor([-1.0])}, path)
+    with pytest.raises(FormatError, match=r"model-\d.safetensors: static\.weight: input_scale must be from .*, got -1"):
+        formats.read(folder)
 
 
 def test_names_with_and_without_a_module(tmp_path: pathlib.Path) -> None:

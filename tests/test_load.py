@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import qkernels
-from qkernels import FormatError, QuantExperts, QuantLinear, cli
+from qkernels import FormatError, QTensor, QuantExperts, QuantLinear, cli
 from qkernels.demo import fetch, language_model
 from tests import models, test_awq, test_gptq
 
@@ -151,19 +152,76 @@ def test_the_logits_are_those_of_the_codes(kind: str, name: str, tmp_path: pathl
     assert torch.equal(models.output(qkernels.load(folder, models.make(name)), arguments), wanted)
 
 
-def test_what_torchao_quantized_and_transformers_saved(tmp_path: pathlib.Path) -> None:
+class _Product(torch.nn.Module):
+    def __init__(self, weight: QTensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", ["w8cs-a8s", "w8cs-a8", "w8cs-a8ts", "w8cs-a8t", "w4g32s-a8s", "w4g32s-a8t"])
+def test_quantized_inputs(scheme: str, tmp_path: pathlib.Path) -> None:
+    """The logits of a compressed-tensors checkpoint are those of F.linear with its codes; its copies have the same."""
+    how = qkernels.Scheme.parse(scheme).activations
+    assert how is not None
+    source, arguments = quantized("llama", scheme.rpartition("-")[0]), models.inputs("llama")
+    _, pack, config = FORMATS["int-quantized" if scheme.startswith("w8") else "pack-quantized"]
+    given = {"num_bits": 8, "type": "int", "symmetric": how.symmetric, "dynamic": not how.static}
+    given["strategy"] = "tensor" if how.static else "token"
+    config = copy.deepcopy(config)
+    config["config_groups"]["group_0"]["input_activations"] = given
+    twin, static = models.make("llama"), {}
+    for i, (name, layer) in enumerate((n, m) for n, m in source.named_modules() if isinstance(m, QuantLinear)):
+        weight = layer.qweight
+        if how.static:  # of each layer its own
+            range_ = torch.tensor([0.01 + 0.003 * i, 0 if how.symmetric else 40 - 7 * i]).bfloat16()
+            static[layer] = {"input_scale": range_[:1].clone()}
+            if not how.symmetric:
+                static[layer]["input_zero_point"] = range_[1:].to(torch.int8)
+            weight = dataclasses.replace(weight, scheme=qkernels.Scheme.parse(scheme), activation=range_.float())
+        else:
+            weight = dataclasses.replace(weight, scheme=qkernels.Scheme.parse(scheme))
+        twin.set_submodule(name, _Product(weight))
+    folder = write(tmp_path / "theirs", source, lambda layer: pack(layer) | static.get(layer, {}), config, shards=3)
+    wanted = models.output(twin, arguments)
+    assert not torch.equal(wanted, models.output(source, arguments))
+    model = qkernels.load(folder)
+    schemes = {str(m.scheme) for m in model.modules() if isinstance(m, QuantLinear)}
+    assert schemes == {scheme}
+    assert torch.equal(models.output(model, arguments), wanted)
+
+    assert cli.main(["convert", str(folder), str(tmp_path / "ours")]) == 0
+    model.save_pretrained(tmp_path / "saved")
+    for again in ("ours", "saved"):
+        assert torch.equal(models.output(qkernels.load(tmp_path / again), arguments), wanted)
+        loaded = models.model_class("llama").from_pretrained(tmp_path / again).eval()
+        assert torch.equal(models.output(loaded, arguments), wanted)
+    assert torch.equal(models.output(qkernels.load(folder, models.make("llama")), arguments), wanted)
+
+
+@pytest.mark.parametrize("kind", ["weights", "dynamic", "intx"])
+def test_what_torchao_quantized_and_transformers_saved(kind: str, tmp_path: pathlib.Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao import quantization as ao
         from transformers import TorchAoConfig
 
+        affine = ao.MappingType.ASYMMETRIC
+        options = {
+            "weights": (ao.Int8WeightOnlyConfig(version=2), "w8cs-fp32"),
+            "dynamic": (ao.Int8DynamicActivationInt8WeightConfig(act_mapping_type=affine), "w8cs-fp32-a8"),
+            "intx": (ao.Int8DynamicActivationIntxWeightConfig(torch.int4, ao.PerGroup(32), affine), "w4g32-fp32-a8"),
+        }
         models.make("llama").save_pretrained(tmp_path / "float")
-        config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        config = TorchAoConfig(options[kind][0])
         theirs = models.model_class("llama").from_pretrained(tmp_path / "float", quantization_config=config).eval()
         theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     ours, arguments = qkernels.load(tmp_path / "theirs"), models.inputs("llama")
     for name, layer in ours.named_modules():
         if isinstance(layer, QuantLinear):
+            assert str(layer.scheme) == options[kind][1]
             assert torch.equal(layer.qweight.dequantize(), theirs.get_submodule(name).weight.dequantize())
     torch.testing.assert_close(models.output(ours, arguments), models.output(theirs, arguments), atol=1e-4, rtol=1e-4)
 

@@ -84,7 +84,10 @@ def test_patterns_choose_schemes_and_layers(model: TinyModel) -> None:
     assert torch.equal(model.embed.weight, embedding)  # which lm_head was tied to
 
 
-def test_only_one_float_weight_is_alive_beside_its_codes(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["w4g32", "w8a8", "w8cs-a8ts"])
+def test_only_one_float_weight_is_alive_beside_its_codes(
+    model: TinyModel, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Peak memory is the model plus one layer: a float weight is gone before the next layer is quantized."""
     float_weights = [weakref.ref(m) for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
     alive: list[int] = []
@@ -95,8 +98,8 @@ def test_only_one_float_weight_is_alive_beside_its_codes(model: TinyModel, monke
         alive.append(sum(ref() is not None for ref in float_weights))
         return original(*args, **options)
 
-    monkeypatch.setattr("qkernels.model.quantize", counted)
-    qkernels.quantize_model(model, "w4g32", progress=False)
+    monkeypatch.setattr("qkernels.calibrate.linears.quantize", counted)
+    qkernels.quantize_model(model, scheme, calibration=[TOKENS], progress=False)
     assert alive == [4, 3, 2, 1]
 
 

@@ -612,6 +612,16 @@ def test_bad_arguments_are_named() -> None:
         ({"target_bits": 5, "candidates": []}, ValueError, "at least one scheme"),
         ({"target_bits": 5, "candidates": ["w4g32", "int4"]}, ValueError, "'int4' is not a scheme"),
         (
+            {"target_bits": 9, "candidates": ["w4g32-a8s", "w8cs-a8ts"]},
+            ValueError,
+            "candidates cannot have static activations, whose scale calibration finds, got 'w8cs-a8ts'",
+        ),
+        (
+            {"target_bits": 9, "candidates": ["w8a8", "w4g32"]},
+            ValueError,
+            "candidates must all quantize activations alike, or not at all: .* got w8cs-a8s, w4g32",
+        ),
+        (
             {"target_bits": 5, "calibration": "text"},
             ValueError,
             "calibration must be batches, 'random' or 'written', got 'text'",
@@ -634,6 +644,16 @@ def test_bad_arguments_are_named() -> None:
         model.blocks[1].up.weight[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"blocks\.1\.up\.weight: scale of group 0, row 0 does not fit"):
         _tiny_plan(model, target_bits=5, candidates=["w8c-fp32", "w2g32"])
+
+
+def test_candidates_with_quantized_activations() -> None:
+    """Bits differ, activations do not; the trial of finished plans multiplies codes by codes."""
+    model = TinyModel()
+    plan = _tiny_plan(model, target_bits=6.5, candidates=["w4g32-a8s", "w8cs-a8s"])
+    assert {str(layer.scheme) for layer in plan.layers} == {"w4g32-a8s", "w8cs-a8s"}
+    report = qkernels.quantize_model(model, plan, progress=False)
+    assert report.nbytes == plan.nbytes <= plan.target_bytes
+    assert {layer.scheme for layer in report.layers} == {"w4g32-a8s", "w8cs-a8s"}
 
 
 def test_the_default_candidates_are_schemes_of_different_sizes() -> None:

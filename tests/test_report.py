@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import qkernels
-from qkernels import QuantLinear, cli
+from qkernels import QuantLinear, cli, reference_int8
 from qkernels.formats import native
 from qkernels.reporting import pictures
 from qkernels.reporting._second_moments import SecondMoments
@@ -138,6 +138,48 @@ def test_output_errors_are_those_of_the_definition() -> None:
         assert isinstance(layer, QuantLinear)
         e = w - layer.qweight.dequantize().double()
         assert row.output_error == pytest.approx(((x @ e.T).norm() / (x @ w.T).norm()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4g32-a8", "w8cs-a8ts"])
+def test_output_errors_hold_those_of_quantized_inputs(scheme: str) -> None:
+    batches = [TOKENS, TOKENS[:1, :3] + 1]
+    model, reference = _pair(scheme=scheme, schemes={"blocks.1.down": "w4g32"}, calibration=batches, fallback=1.0)
+    report = qkernels.report(model, reference, batches)
+    inputs = _inputs(reference, LAYERS, batches)
+    for row in report:
+        x, w = inputs[row.name], _linear(row.name, reference).weight.double()
+        layer = model.get_submodule(row.name)
+        assert isinstance(layer, QuantLinear)
+        how, quantized = layer.scheme.activations, x
+        assert (how is None) == (row.name == "blocks.1.down")
+        if how is not None:
+            code = reference_int8.quantize_activations(x.float(), how, layer.weight_activation)
+            quantized = reference_int8.dequantize_activations(*code).double()
+        e = x @ w.T - quantized @ layer.qweight.dequantize().double().T
+        assert row.output_error == pytest.approx((e.norm() / (x @ w.T).norm()).item(), rel=1e-3)
+        assert row.scheme == str(layer.scheme) == ("w4g32" if how is None else str(qkernels.Scheme.parse(scheme)))
+    assert str(qkernels.Scheme.parse(scheme)) in str(report)
+
+
+def test_padding_and_what_is_not_finite_where_inputs_are_quantized() -> None:
+    model, reference = _pair(TinyLanguageModel, scheme="w8a8")
+    mask = torch.ones_like(TOKENS)
+    mask[1, 3:] = 0
+    found = qkernels.report(model, reference, [{"input_ids": TOKENS, "attention_mask": mask}])
+    rows = torch.cat([TOKENS[0], TOKENS[1, :3]])[None]  # tokens do not see each other
+    wanted = qkernels.report(model, reference, [rows])
+    for one, other in zip(found["output_error"], wanted["output_error"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    unused = nn.ModuleDict({"q": nn.Linear(64, 64)})
+    unused.forward = lambda x: x  # type: ignore[method-assign]
+    twin = copy.deepcopy(unused)
+    qkernels.quantize_model(twin, "w8a8", progress=False)
+    with pytest.raises(ValueError, match=r"no batch reaches q in the reference model"):
+        qkernels.report(twin, unused, [torch.randn(3, 64)])
+    with torch.no_grad():
+        reference.embed.weight[int(TOKENS[0, 0]), 3] = math.inf
+    with pytest.raises(ValueError, match=r"the input of blocks\.0\.up in the reference model holds NaN or infinity"):
+        qkernels.report(model, reference, [TOKENS])
 
 
 class Siblings(nn.Module):

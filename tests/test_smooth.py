@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import qkernels
 from qkernels import Scheme, reference
-from qkernels import model as model_module
 from qkernels.calibrate import blocks as blocks_module
+from qkernels.calibrate import linears as linears_module
 from qkernels.calibrate import smooth as smooth_module
 from qkernels.calibrate.batches import CalibrationError
 from qkernels.calibrate.smooth import smoothed
@@ -392,9 +392,9 @@ def test_what_fails_later_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
         with pytest.raises(_StopError):
             qkernels.quantize_model(model, "w3g32", method="gptq", **options)
     with monkeypatch.context() as patch:
-        quantize = model_module.quantize
+        quantize = linears_module.quantize
         patch.setattr(
-            model_module, "quantize", lambda w, *args, **kw: quantize(w, *args, **kw) if w.shape[0] < 96 else fail()
+            linears_module, "quantize", lambda w, *args, **kw: quantize(w, *args, **kw) if w.shape[0] < 96 else fail()
         )
         with pytest.raises(_StopError):
             qkernels.quantize_model(model, "w3g32", **options)

@@ -27,6 +27,8 @@ with warnings.catch_warnings():
         Int4Tensor,
         Int4TilePackedTo4dTensor,
         Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        Int8StaticActivationInt8WeightConfig,
         Int8Tensor,
         Int8WeightOnlyConfig,
         IntxUnpackedToInt8Tensor,
@@ -240,8 +242,6 @@ def test_other_classes_are_refused_by_name() -> None:
     tiles = Int4TilePackedTo4dTensor(octets, torch.zeros(1, 8, 2), [1, 128], (8, 128))
     with pytest.raises(ValueError, match="class Int4TilePackedTo4dTensor are not read; those that are: Int4Tensor, I"):
         _read(tiles)
-    with pytest.raises(ValueError, match=r"act_quant_kwargs must be None, got \{'_type': 'QuantizeTensorToInt8Kwargs'"):
-        _read(_quantized(Int8DynamicActivationInt8WeightConfig(), torch.float32))
     q, ones = torch.zeros(3, 32, dtype=torch.int8), torch.ones(1, 3).half()
     with pytest.raises(ValueError, match=r"activation_dtype must be None or .*float8_e4m3fn"):
         _read(_int4(q, ones, ones, activation_dtype=torch.float8_e4m3fn))
@@ -263,7 +263,15 @@ def test_other_classes_are_refused_by_name() -> None:
 
 
 def _made(kind: str) -> tuple[Parts, dict[str, Any]]:
-    if kind == "Int4Tensor":
+    if kind == "dynamic":
+        weight = _quantized(Int8DynamicActivationInt8WeightConfig(), torch.float32, (4, 64))
+    elif kind == "static":
+        static = (torch.tensor([[0.03]]), torch.tensor([[-5]], dtype=torch.int8), PerTensor(), MappingType.ASYMMETRIC)
+        weight = _quantized(Int8StaticActivationInt8WeightConfig(*static), torch.float32, (4, 64))
+    elif kind == "intx":
+        config = Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32))
+        weight = _quantized(config, torch.float32, (4, 64))
+    elif kind == "Int4Tensor":
         weight = _mslk(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).half(), 32)
     elif kind == "Int8Tensor":
         weight = _quantized(Int8WeightOnlyConfig(granularity=PerGroup(32)), torch.float32, (4, 64))
@@ -275,7 +283,8 @@ def _made(kind: str) -> tuple[Parts, dict[str, Any]]:
 
 
 KINDS = ("Int4Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
-WHOLE = {kind: _made(kind) for kind in KINDS}
+INPUTS = ("dynamic", "static", "intx")  # of the last two, with quantized inputs
+WHOLE = {kind: _made(kind) for kind in KINDS + INPUTS}
 
 
 def _decode(parts: Parts, entry: Any) -> QTensor:
@@ -313,7 +322,11 @@ def _decode(parts: Parts, entry: Any) -> QTensor:
         (1, {"scale": torch.full((4, 2), math.nan)}, {}, "the scale of group 0, row 0 is NaN or infinite"),
         (1, {"zero_point": torch.zeros(4, 2)}, {}, "zero_point must be int8, uint8, .*, got float32"),
         (1, {"zero_point": torch.full((4, 2), 128)}, {}, "zero_point must be from -128 to 127, got 128 to 128"),
-        (1, {"act_quant_scale": torch.ones(1)}, {}, "Int8Tensor with act_quant_scale is not read"),
+        (0, {"act_quant_scale": torch.ones(1)}, {}, "Int4Tensor with act_quant_scale is not read"),
+        (1, {"act_pre_scale": torch.ones(1)}, {}, "Int8Tensor with act_pre_scale is not read"),
+        (1, {"act_quant_scale": torch.ones(1)}, {}, "there is 'act_quant_scale', and the configuration has no static"),
+        (1, {"act_quant_zero_point": torch.ones(1)}, {}, "there is 'act_quant_zero_point', and the configuration has"),
+        (2, {"act_quant_scale": torch.ones(1)}, {}, "IntxUnpackedToInt8Tensor with act_quant_scale is not read"),
         (
             1,
             {},
@@ -321,11 +334,33 @@ def _decode(parts: Parts, entry: Any) -> QTensor:
             r"block_size must be .* or \[N, K\], got \[2, 32\] for \(4, 64\)",
         ),
         (1, {}, {"block_size": [1, 48]}, r"block_size must be \[1, a divisor of K\]"),
-        (1, {}, {"act_quant_kwargs": {}}, r"act_quant_kwargs must be None, got \{\}"),
+        (
+            1,
+            {},
+            {"act_quant_kwargs": {}},
+            r"act_quant_kwargs must be None or of class QuantizeTensorToInt8.*, got \{\}",
+        ),
+        (
+            1,
+            {},
+            {"act_quant_kwargs": [1]},
+            r"act_quant_kwargs must be None or of class QuantizeTensorToInt8.*, got \[1\]",
+        ),
         (2, {}, {"target_dtype": {"_type": "torch.dtype", "_data": "int9"}}, "target_dtype must be int1 to int8"),
         (2, {}, {"target_dtype": "int4"}, "target_dtype must be int1 to int8, got 'int4'"),
         (2, {}, {"target_dtype": {"_data": "int4\n"}}, "target_dtype must be int1 to int8"),
-        (2, {}, {"activation_quantization": "int8_asym_per_token"}, "activation_quantization must be None, got 'int8"),
+        (
+            2,
+            {},
+            {"activation_quantization": "int8_sym_per_token"},
+            "activation_quantization must be None or int8_asym_p",
+        ),
+        (
+            2,
+            {},
+            {"activation_quantization": True},
+            "activation_quantization must be None or int8_asym_per_token, got Tr",
+        ),
         (2, {"qdata": torch.full((4, 64), 8, dtype=torch.int8)}, {}, "qdata must be from -8 to 7, got 8 to 8"),
         (2, {"zero_point": None}, {}, "there is no tensor 'zero_point'"),
         (2, {"zero_point": torch.full((4, 2), -9)}, {}, "zero_point must be from -8 to 7, got -9 to -9"),
@@ -349,16 +384,22 @@ def test_metadata_of_no_use(text: str) -> None:
 @settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_damage_is_refused_or_harmless(data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(KINDS))
+    kind = data.draw(st.sampled_from(KINDS + INPUTS))
     parts, entry = dict(WHOLE[kind][0]), json.loads(json.dumps(WHOLE[kind][1]))
     dtypes = st.sampled_from([*DTYPES, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.float64])
     small = st.integers(-3, 80) | st.integers() | st.floats() | st.booleans() | st.none() | st.text(max_size=3)
     for _ in range(data.draw(st.integers(1, 3))):
-        name = data.draw(st.sampled_from(["qdata", "scale", "zero_point", "act_pre_scale"]))
+        names = ["qdata", "scale", "zero_point", "act_pre_scale", "act_quant_scale", "act_quant_zero_point"]
+        name = data.draw(st.sampled_from(names))
         how = data.draw(st.sampled_from(["drop", "new", "cast", "octet", "reshape", "field"]))
         if how == "field":
-            key = data.draw(st.sampled_from(sorted(entry["_data"])))
-            entry["_data"][key] = data.draw(small | st.lists(small, max_size=3) | st.dictionaries(st.text(), small))
+            said = entry["_data"]
+            for _ in range(data.draw(st.integers(0, 3))):  # down into act_quant_kwargs
+                deeper = [value for _, value in sorted(said.items()) if isinstance(value, dict) and value]
+                said = data.draw(st.sampled_from(deeper)) if deeper else said
+            said[data.draw(st.sampled_from(sorted(said)))] = data.draw(
+                small | st.lists(small, max_size=3) | st.dictionaries(st.text(), small)
+            )
         elif how == "new" or name not in parts:
             shape = data.draw(st.lists(st.integers(0, 64), max_size=2))
             parts[name] = torch.zeros(shape).to(data.draw(dtypes))
@@ -380,3 +421,8 @@ def test_damage_is_refused_or_harmless(data: st.DataObject) -> None:
         return
     assert isinstance(q, QTensor)
     assert not q.dequantize().isnan().any()
+    own = entry["_data"]
+    how = own.get("act_quant_kwargs") if entry["_type"] == "Int8Tensor" else own.get("activation_quantization")
+    assert (q.scheme.activations is None) == (how is None)
+    assert (q.activation is None) == ("act_quant_scale" not in parts)
+    assert (torch.ones(2, q.shape[1]) @ q.T).shape == (2, q.shape[0])

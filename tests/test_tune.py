@@ -65,6 +65,16 @@ def test_choices_follow_the_table(table: pathlib.Path) -> None:
     )
 
 
+def test_entries_of_floats_do_not_serve_codes(table: pathlib.Path) -> None:
+    """Codes of activations are multiplied by another kernel, which other configurations suit."""
+    assert _lookup(1, scheme="w4g128-a8s") is _lookup(1, scheme="w4g128-a8") is None
+    own = dataclasses.replace(CONFIG, block_m=32)
+    tables.write(table, H200, {}, [entry(8, CONFIG), dataclasses.replace(entry(8, own), scheme="w4g128-a8s")])
+    assert _lookup(1) == CONFIG
+    assert _lookup(1, scheme="w4g128-a8s") == _lookup(1, scheme="w4g128-bf16-a8ts") == own  # one scale is as another
+    assert _lookup(1, scheme="w4g128-a8") is None  # zeros of activations add work
+
+
 def test_scaled_weights_only_where_they_can_be(table: pathlib.Path) -> None:
     scaled = dataclasses.replace(CONFIG, scale_weights=True)
     tables.write(table, H200, {}, [entry(8, scaled)])
@@ -128,7 +138,7 @@ def test_a_broken_table_is_named(table: pathlib.Path, change: dict[str, object],
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 512])
-@pytest.mark.parametrize("scheme", ["w4g128", "w3g64f", "w8c-bf16", "w4g128-bf16"])
+@pytest.mark.parametrize("scheme", ["w4g128", "w3g64f", "w8c-bf16", "w4g128-bf16", "w8cs-a8s", "w4g128-bf16-a8"])
 def test_candidates_are_possible_and_hold_the_default(tokens: int, scheme: str) -> None:
     problem = tune.Problem(tokens, 4096, 4096, scheme, "bfloat16")
     default = choose.heuristic(tokens, 4096, 4096, problem.parsed, torch.bfloat16, H200)
@@ -139,7 +149,8 @@ def test_candidates_are_possible_and_hold_the_default(tokens: int, scheme: str) 
     for config in found:
         tables.check(config)
         assert tables.fits(config, problem.parsed, torch.bfloat16, tokens, 4096)
-    assert any(isinstance(config, DenseConfig) for config in found) == (tokens >= 32)
+    has_dense = tokens >= 32 and scheme != "w4g128-bf16-a8"  # there is none of 4-bit codes
+    assert any(isinstance(config, DenseConfig) for config in found) == has_dense
     assert any(getattr(config, "scale_weights", False) for config in found) == (scheme == "w4g128-bf16")
     assert tune.splits(DenseConfig(5), problem, H200) == tune.pipelines(DenseConfig(5), problem, H200) == []
 
@@ -169,6 +180,34 @@ def test_proofs_are_exact(scheme: str, device: str) -> None:
     assert len(operands.scale.unique()) > 1 or operands.scale.numel() == 1
     config = choose.fused(3, 33, 288, problem.parsed, torch.bfloat16, H200)
     assert tune.refusal(operands, tune.truth(operands, problem), problem, config) is None
+
+
+@pytest.mark.parametrize("scheme", ["w8cs-a8s", "w4g64-a8", "w8c-a8"])
+def test_codes_are_multiplied_by_the_configuration_that_is_tried(scheme: str, device: str) -> None:
+    problem = tune.Problem(3, 33, 288, scheme, "bfloat16")
+    operands = tune.exact_operands(problem, device)
+    wanted = tune.truth(operands, problem)
+    config = choose.fused(3, 33, 288, problem.parsed, torch.bfloat16, H200)
+    assert tune.refusal(operands, wanted, problem, config) is None
+    assert tune.refusal(operands, torch.full_like(wanted, torch.nan), problem, config) == "99 of 99 results are wrong"
+
+
+def test_cublas_must_prove_products_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of integers are exact, whoever adds them up."""
+    for scheme, message in (("w8cs-a8s", "1 of 24 results are wrong"), ("w8cs", None)):
+        problem = tune.Problem(3, 8, 64, scheme, "float16")
+        operands = tune.exact_operands(problem, "cpu")
+        wrong = tune.truth(operands, problem)
+        wrong[0, 0] = torch.nan
+        monkeypatch.setattr(tune, "product", lambda *_, wrong=wrong: wrong)
+        assert tune.refusal(operands, tune.truth(operands, problem), problem, DenseConfig(8)) == message
+
+
+def test_static_activations_are_tuned_as_dynamic_ones() -> None:
+    with pytest.raises(
+        ValueError, match="w8cs-a8ts is multiplied as w8cs-a8s is, and served by its entries: tune that"
+    ):
+        list(tune.problems([(8, 16)], ["w4g128", "w8cs-a8ts"], ["float16"], [1]))
 
 
 Times = Callable[[object], float]
@@ -260,7 +299,7 @@ def test_dense_products_have_weights_that_are_not_in_the_cache(monkeypatch: pyte
     assert not torch.equal(results[0], results[1])
 
 
-INT8 = ["w8cs-a8s", "w8c-a8", "w4g64-a8s", "w4g128s-a8", "w8g16-a8", "w4cs-bf16-a8s"]
+INT8 = ["w8cs-a8s", "w8c-a8", "w8ts-a8", "w4g64-a8s", "w4g128s-a8", "w8g16-a8", "w4cs-bf16-a8s"]
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 1024])
@@ -327,24 +366,10 @@ def test_a_proof_of_one_value() -> None:
         assert torch.equal(reference_int8.dequantize_activations(*codes), operands.x.float())
 
 
-def test_products_of_torch_are_proved_where_they_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of integers; those of floats may be rounded."""
-    for scheme, message in (("w8cs-a8s", "1 of 51 results are wrong"), ("w8cs", None)):
-        problem = tune.Problem(17, 3, 64, scheme, "float16")
-        operands = tune.exact_operands(problem, "cpu")
-        wanted = tune.truth(operands, problem)
-        wrong = wanted.clone()
-        wrong[16, 2] += 1
-        monkeypatch.setattr(tune, "product", lambda *_, wrong=wrong: wrong)
-        assert tune.refusal(operands, wanted, problem, DenseConfig(16)) == message
-
-
 def test_tokens_of_products_of_codes() -> None:
     found = list(tune.problems([(8, 16)], ["w4g128", "w8a8"], ["float16"], None))
     tokens = {scheme: [p.tokens for p in found if p.scheme == scheme] for scheme in ("w4g128", "w8cs-a8s")}
     assert tokens == {"w4g128": list(tune.TOKENS), "w8cs-a8s": [*tune.TOKENS, 2048, 4096, 8192]}
-    with pytest.raises(ValueError, match="'w4g128-a8t' is served by what is tuned for 'w4g128-a8'"):
-        list(tune.problems([(8, 16)], ["w4g128-a8t"], ["float16"], None))
 
 
 def test_problems_come_with_few_tokens_first() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,26 @@ def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
     """
     flat = x.reshape(-1, x.shape[-1])
     return flat if mask is None or mask.shape != x.shape[:-1] else flat[mask.reshape(-1).to(x.device).bool()]
+
+
+@contextlib.contextmanager
+def listening(layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Meanwhile `hear` is called with (name, input) whenever one of these layers is; no hook is left behind."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hear(name, args[0] if args else kwargs["input"])
+
+        return hook
+
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -6,13 +6,22 @@ channels of the hidden states are always large.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.batches import Batch, CalibrationError, as_calls, evaluating, inputs_not_finite, rows, run_batch
+from qkernels.calibrate.batches import (
+    Batch,
+    CalibrationError,
+    as_calls,
+    evaluating,
+    inputs_not_finite,
+    listening,
+    rows,
+    run_batch,
+)
 
 # Random tokens in short sequences: in long ones, unlike in text, attention blurs what single tokens do.
 _RANDOM, _RANDOM_LENGTH = 64, 32
@@ -83,35 +92,60 @@ def written_batches(model: nn.Module, sequences: int = _WRITTEN, length: int = _
 
 
 @torch.no_grad()
+def watch(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: Iterable[Batch],
+    see: Sequence[Callable[[str, Tensor], None]],
+) -> None:
+    """Run the model over the batches; each of `see` gets (name, x) with what a Linear reads, (tokens, K) float32.
+
+    Padding is left out; a Linear that no token reaches is not heard of.
+
+    Raises:
+        CalibrationError: batches are none or empty, or the model fails on one.
+    """
+    masks: list[Tensor | None] = []  # of the batches so far
+
+    def hear(name: str, given: Tensor) -> None:
+        x = rows(given.detach(), masks[-1])
+        for one in see if len(x) else ():
+            one(name, x)
+
+    calls = as_calls(batches, model)
+    with evaluating(model), listening(linears, hear):
+        for i, call in enumerate(calls):
+            masks.append(call.mask)
+            run_batch(model, call, i)
+
+
+class Importances:
+    """How large the inputs of layers are, found as they are seen."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def see(self, name: str, x: Tensor) -> None:
+        """More inputs (tokens, K) float32 of a layer."""
+        found = x.square().sum(0)
+        self._sums[name] = self._sums[name] + found if name in self._sums else found
+        self._counts[name] = self._counts.get(name, 0) + x.shape[0]
+
+    def result(self) -> dict[str, Tensor]:
+        """{name: (K,) float32 mean square of each input}; CalibrationError, naming the layer, if it is not finite."""
+        for name, found in self._sums.items():
+            if not torch.isfinite(found).all():
+                raise inputs_not_finite(name)
+        return {name: found / self._counts[name] for name, found in self._sums.items()}
+
+
 def importances(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Iterable[Batch]) -> dict[str, Tensor]:
     """{name: (K,) float32 mean square of each input}; a Linear that no batch reaches is missing.
 
     Raises:
         CalibrationError: batches are none or empty, the model fails on one, or inputs of a layer are not finite.
     """
-    calls = as_calls(batches, model)
-    masks: list[Tensor | None] = []  # of the batches so far
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = rows(args[0].detach(), masks[-1])
-            sums[name] = sums[name] + x.square().sum(0) if name in sums else x.square().sum(0)
-            counts[name] = counts.get(name, 0) + x.shape[0]
-
-        return hook
-
-    handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
-    try:
-        with evaluating(model):
-            for i, call in enumerate(calls):
-                masks.append(call.mask)
-                run_batch(model, call, i)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, found in sums.items():
-        if not torch.isfinite(found).all():
-            raise inputs_not_finite(name)
-    return {name: found / max(1, counts[name]) for name, found in sums.items()}
+    found = Importances()
+    watch(model, linears, batches, [found.see])
+    return found.result()

@@ -6,6 +6,7 @@ of the original model and those that the quantized blocks before it give.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.batches import CalibrationError, Call, rows, run_batch
+from qkernels.calibrate.batches import CalibrationError, Call, listening, rows, run_batch
 from qkernels.quality import floating_output
 
 
@@ -146,25 +147,17 @@ def inputs_of(
     inputs: dict[str, Tensor] = {}
     shared: list[tuple[Tensor, list[str]]] = []
 
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            own = rows(x.detach(), call.mask)
-            inputs[name] = torch.cat([inputs[name], own]) if name in inputs else own
-            names = next((names for known, names in shared if known is x), None)
-            if names is None:
-                shared.append((x, [name]))
-            elif name not in names:
-                names.append(name)
+    def hear(name: str, x: Tensor) -> None:
+        own = rows(x.detach(), call.mask)
+        inputs[name] = torch.cat([inputs[name], own]) if name in inputs else own
+        names = next((names for known, names in shared if known is x), None)
+        if names is None:
+            shared.append((x, [name]))
+        elif name not in names:
+            names.append(name)
 
-        return hook
-
-    handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
-    try:
+    with listening(linears, hear):
         output = run_batch(module, call, batch) if hidden is None else call.run(module, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
     seen: set[str] = set()
     groups = []
     for _, names in shared:
@@ -179,15 +172,10 @@ def input_until(module: nn.Module, linear: nn.Module, call: Call, hidden: Tensor
     """The input (tokens, K) of one Linear in a call, which then goes no further."""
     found: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(rows(args[0].detach(), call.mask))
+    def hear(_: str, x: Tensor) -> None:
+        found.append(rows(x.detach(), call.mask))
         raise _Reached
 
-    handle = linear.register_forward_pre_hook(hook)
-    try:
+    with contextlib.suppress(_Reached), listening({"": linear}, hear):
         call.run(module, hidden)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     return iter(found)

@@ -1,4 +1,5 @@
-"""compressed-tensors' integer weights: w = s (q - z) in the dtype of the scale, one rounding of the exact product.
+"""compressed-tensors' integer weights: w = s (q - z) in the dtype of the scale, one rounding of the exact product; and
+how the inputs that meet them are quantized to 8 bits.
 
 b is num_bits, 1 to 8; q and z are from -2^(b-1) to 2^(b-1) - 1, codes are u = q + 2^(b-1), zeros z + 2^(b-1); G is
 K / group_size, or 1 for a scale per channel:
@@ -15,6 +16,9 @@ K / group_size, or 1 for a scale per channel:
                        0.18, no longer read by the package since 0.19. It is not there, or -1 throughout, where features
                        were not reordered after all; other values of actorder leave nothing in the file
 
+    input_scale        static inputs: one number; float16, bfloat16 or float32
+    input_zero_point   static inputs, asymmetric: one number, int8
+
 Words hold codes low bits first. Since 0.18 they are a stream without gaps, where a code may begin in one word and end
 in the next; up to 0.17 a word holds floor(32 / b) whole codes. For 3, 5, 6 and 7 bits that is not the same. The number
 of words tells which: always for more than 150 codes in a row, or for 64 or 128 of them, but not for 80 of 3 bits or 48
@@ -24,11 +28,30 @@ release; else the weight is refused.
 Groups must divide K, but for one that is longer than K, which version 0.9 still read: the package reads no others.
 Symmetric weights of one bit (q is -1 or 0) get zeros of 1 here, as such a scheme has no symmetric map.
 
-Refused, by name: quantized activations and key-value caches, transforms (a product would be another), sparsity, float
-weights, other strategies, and fields that are not known. Which group of the configuration a module is of:
-compressed_tensors_groups.py.
+A group of the configuration with input_activations of 8 bits, type "int", has weights of 4 or 8 bits, and schemes that
+end in -a8 (dynamic true, strategy "token") or -a8t (dynamic false, strategy "tensor"), and in s if they are symmetric.
+Inputs are quantized as reference_int8.py says, in float32. The package has no product of codes: it rounds inputs to
+what their codes stand for, in the dtype that they have. The same in float32, but for this:
 
-Source    the package compressed-tensors, 0.5 to 0.20: its compressors, how they pack, and its dequantize.
+    -a8s       the package's scale is absmax / 127.5 and its codes are from -128 to 127, so that the largest magnitude
+               lies half a step from its code; here it is absmax / 127, from -127 to 127, as in vLLM's kernel, which
+               runs such checkpoints. Of inputs of two dimensions, one less than in a model, the package takes one
+               scale for all tokens; here each token always has its own
+    -a8ts      what lies 127.5 steps or more below zero gets -128 in the package, -127 here
+    -a8, -a8t  a value in the middle between two codes gets the even one in the package; here what is even is the code
+               less its zero, as in vLLM
+    all        the package divides by the scale, and adds the zero before it rounds; here a value is multiplied by the
+               reciprocal. So one that lies within 2^-15 of a step of the middle between two codes may get the other
+
+Where codes are equal, so are the values that they stand for, bit for bit. Of bfloat16 inputs the package rounds the
+quotient, too, to 8 significant bits, before it rounds it to a code.
+
+Refused, by name: other input_activations, output_activations and key-value caches, transforms (a product would be
+another), sparsity, float weights, other strategies, and fields that are not known. Which group of the configuration a
+module is of: compressed_tensors_groups.py.
+
+Source    the package compressed-tensors, 0.5 to 0.20: its compressors, how they pack, its dequantize, its
+          forward_quantize and calculate_qparams; vLLM's int8_quant_kernels.cu
 """
 
 from __future__ import annotations
@@ -41,11 +64,12 @@ import torch
 from torch import Tensor
 
 from qkernels.formats.compressed_tensors_groups import Group, Groups
-from qkernels.formats.reader import Reader, field, order_of, part, unpack_stream, weight
+from qkernels.formats.reader import Reader, activation_of, field, order_of, part, unpack_stream, weight
 from qkernels.scheme import GROUP_MULTIPLE, GroupSize, ValueMap
 from qkernels.tensor import QTensor
 
 _PARTS = ("weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx")
+_INPUTS = ("input_scale", "input_zero_point")
 
 
 def reader(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Reader:
@@ -57,7 +81,7 @@ def reader(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Reader:
     field(config, "quant_method", ("compressed-tensors",))
     groups = Groups(config)
     release = _layout_of_release(config.get("version"))
-    return Reader("weight_scale", _PARTS, lambda name, parts: _decode(parts, groups.of(name), release))
+    return Reader("weight_scale", _PARTS + _INPUTS, lambda name, parts: _decode(parts, groups.of(name), release))
 
 
 def _decode(parts: Mapping[str, Tensor], group: Group, release: str | None) -> QTensor:
@@ -82,7 +106,17 @@ def _decode(parts: Mapping[str, Tensor], group: Group, release: str | None) -> Q
     value_map: ValueMap = "symmetric" if zero is None else "affine"
     if isinstance(size, int) and groups == 1 and size % GROUP_MULTIPLE:
         size = "channel"
-    return weight(code, scale, zero, bits=group.bits, group_size=size, value_map=value_map, order=order)
+    return weight(
+        code,
+        scale,
+        zero,
+        bits=group.bits,
+        group_size=size,
+        value_map=value_map,
+        order=order,
+        activations=group.activations,
+        activation=activation_of(parts, *_INPUTS, group.activations),
+    )
 
 
 def _transposed(stored: Tensor, name: str, size: GroupSize, rows: int, groups: int) -> Tensor:

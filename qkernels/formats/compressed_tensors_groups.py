@@ -1,10 +1,10 @@
-"""What a compressed-tensors configuration says of the weight of each module.
+"""What a compressed-tensors configuration says of the weight, and of the inputs, of each module.
 
 config_groups names groups of modules that are quantized alike. Which one a module is of says its name: a target that is
 the name; else a target that is a pattern ("re:", see pattern.py), the first in the order of the alphabet, as in the
 package; else the class of the module, which a file does not tell: "Linear", or the only class that is targeted. So a
 module of another class is taken for a Linear one, and refused where its tensors do not fit. Where all groups say the
-same of weights, targets are not looked at. `ignore` never is: what it names has no scales.
+same of both, targets are not looked at. `ignore` never is: what it names has no scales.
 
 Source    the package compressed-tensors: QuantizationConfig, QuantizationScheme, QuantizationArgs and match_targets.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from qkernels.formats.pattern import Pattern
 from qkernels.formats.reader import field
-from qkernels.scheme import GroupSize
+from qkernels.scheme import ACTIVATION_BITS, Activations, GroupSize
 
 PACKED = "pack-quantized"
 PLAIN = ("int-quantized", "naive-quantized")
@@ -29,12 +29,13 @@ _FREE = {"ignore", "quantization_status", "global_compression_ratio", "version"}
     "dequantize",
     "use_optimized_inference",
 }
-_FREE_OF_WEIGHTS = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}  # tensors have their dtypes
+_CALIBRATION = {"observer", "observer_kwargs"}
+_DTYPES = {"scale_dtype", "zp_dtype"}  # that tensors have
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """How weights are quantized.
+    """How weights, and the inputs that they meet, are quantized.
 
     Attributes:
         packed: their format is "pack-quantized", not one of int8 tensors.
@@ -42,6 +43,7 @@ class Group:
         group_size: along K, or "channel" or "tensor".
         symmetric: there are no zeros.
         reordered: weight_g_idx may say which group an input feature is of.
+        activations: how inputs are quantized; None: not.
     """
 
     packed: bool
@@ -49,6 +51,7 @@ class Group:
     group_size: GroupSize
     symmetric: bool
     reordered: bool
+    activations: Activations | None
 
     @property
     def center(self) -> int:
@@ -116,24 +119,53 @@ def _entry(name: str, entry: Any, config: Mapping[str, Any]) -> tuple[list[str],
 
 
 def _group(entry: Mapping[str, Any], config: Mapping[str, Any]) -> Group:
-    _refuse_others(entry, {"targets", "weights", "format"}, "it")
+    _refuse_others(entry, {"targets", "weights", "input_activations", "format"}, "it")
     weights = entry.get("weights")
     if not isinstance(weights, Mapping):
         raise ValueError(f"weights must be an object, got {weights!r:.100}")
     own = entry if entry.get("format") is not None else config
     packed = field(own, "format", (PACKED, *PLAIN)) == PACKED
-    known = {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder"} | _FREE_OF_WEIGHTS
+    known = {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder"} | _CALIBRATION | _DTYPES
     _refuse_others(weights, known, "weights")
     field(weights, "type", ("int",), "int")
     field(weights, "dynamic", (False,), False)
     actorder = field(weights, "actorder", (None, False, True, "weight", "static", "group", "dynamic"), None)
+    bits = field(weights, "num_bits", tuple(range(1, 9)))
     return Group(
         packed,
-        field(weights, "num_bits", tuple(range(1, 9))),
+        bits,
         _group_size(weights),
         field(weights, "symmetric", (True, False), True),
         actorder in (True, "group", "dynamic"),
+        _activations(entry.get("input_activations"), bits),
     )
+
+
+def _activations(given: Any, weight_bits: int) -> Activations | None:
+    """Of input_activations, which meet weights of so many bits."""
+    if given is None:
+        return None
+    try:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"they must be an object, got {given!r:.100}")
+        field(given, "num_bits", (8,))
+        field(given, "type", ("int",), "int")
+        dynamic = field(given, "dynamic", (True, False), False)
+        named = given if given.get("strategy") is not None else {}  # else the package's default
+        field(named, "strategy", ("token",) if dynamic else ("tensor",), "tensor")
+        symmetric = field(given, "symmetric", (True, False), True)
+        # Of a dynamic scale and zero, which no tensor holds, dtypes would say what they are rounded to.
+        free = _DTYPES if not dynamic else {"zp_dtype"} if given.get("zp_dtype") == "torch.int8" else set()
+        known = {"num_bits", "type", "symmetric", "strategy", "dynamic"} | _CALIBRATION | free
+        _refuse_others(given, known, "it")
+        if weight_bits not in ACTIVATION_BITS:
+            raise ValueError(f"they meet weights of {weight_bits} bits")
+    except ValueError as error:
+        raise ValueError(
+            f"input_activations: {error}; read are integers of 8 bits, dynamic with strategy 'token' or static with "
+            "strategy 'tensor', that meet weights of 4 or 8 bits"
+        ) from None
+    return Activations(static=not dynamic, symmetric=symmetric)
 
 
 def _group_size(weights: Mapping[str, Any]) -> GroupSize:

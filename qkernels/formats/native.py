@@ -1,7 +1,8 @@
 """The native file: safetensors, with the schemes in its metadata. Nothing in it is ever executed or unpickled.
 
 A quantized weight called NAME is stored as the tensors NAME (packed, int32), NAME_scale, unless its scheme is symmetric
-NAME_zero, and NAME_order where its columns have an order of their own: the names that QuantLinear gives its parameters.
+NAME_zero, NAME_order where its columns have an order of their own, and NAME_activation (float32: scale and zero of all
+inputs) where its scheme has static activations: the names that QuantLinear gives its parameters.
 Everything else is stored as it is. Metadata:
 
     "format"            "pt"
@@ -20,7 +21,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
     path = pathlib.Path(path)
     check_writable(path)
     stored: dict[str, Tensor] = {}
-    weights: dict[str, Any] = {}
+    weights: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
     taken: set[int] = set()
@@ -76,12 +77,19 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
         for suffix, part in parts.items():
             stored[name + suffix] = _own_memory(part, taken)
         if isinstance(tensor, QTensor):
-            weights[name] = Entry.of(tensor).as_json()
+            weights[name] = Entry.of(tensor)
+    for name, entry in weights.items():
+        if stray := entry.stray(name, stored):
+            raise ValueError(
+                f"{stray!r} would be taken for a part of {name!r}, a {entry.scheme} weight, which has none"
+            )
 
     metadata = {
         "format": "pt",
         "qkernels_version": VERSION,
-        "qkernels": json.dumps({"weights": weights, "aliases": aliases}),
+        "qkernels": json.dumps(
+            {"weights": {name: entry.as_json() for name, entry in weights.items()}, "aliases": aliases}
+        ),
     }
     with replacing(path) as temporary:
         save_file(stored, temporary, metadata)
@@ -208,12 +216,8 @@ class Entry:
                 self.scheme,
                 in_features,
                 torch.empty(in_features, dtype=torch.int32) if self.ordered else None,
-                torch.empty(2) if self._static else None,
+                torch.empty(2, dtype=torch.float32) if self.scheme.is_static else None,
             )
-
-    @property
-    def _static(self) -> bool:
-        return self.scheme.activations is not None and self.scheme.activations.static
 
     def parts(self, name: str) -> set[str]:
         """Names of the tensors that are the weight."""
@@ -221,11 +225,16 @@ class Entry:
         for suffix, there in (
             ("_zero", self.scheme.zero_dtype is not None),
             ("_order", self.ordered),
-            ("_activation", self._static),
+            ("_activation", self.scheme.is_static),
         ):
             if there:
                 found.add(f"{name}{suffix}")
         return found
+
+    def stray(self, name: str, others: Container[str]) -> str | None:
+        """A tensor among others that has the name of a part which this weight does not have."""
+        missing = {f"{name}_zero", f"{name}_activation"} - self.parts(name)
+        return next((part for part in sorted(missing) if part in others), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,8 +313,9 @@ def _read_header(path: Path, metadata: dict[str, str] | None, names: set[str]) -
         parts = entry.parts(name)
         if missing := parts - names:
             raise FormatError(f"{path}: {name}: the file has no tensor {min(missing)!r}")
-        if entry.scheme.zero_dtype is None and f"{name}_zero" in names:
-            raise FormatError(f"{path}: {name}: a {entry.scheme} weight has no zeros, but the file has {name}_zero")
+        if stray := entry.stray(name, names):
+            what = "zeros" if stray.endswith("_zero") else "static activations"
+            raise FormatError(f"{path}: {name}: a {entry.scheme} weight has no {what}, but the file has {stray}")
         if shared := parts & claimed:
             raise FormatError(f"{path}: {min(shared)} belongs to two weights")
         claimed |= parts

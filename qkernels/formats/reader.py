@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qkernels import packing
 from qkernels.checks import DTYPES, LARGEST_IN_FEATURES
-from qkernels.scheme import GROUP_MULTIPLE, GroupSize, Scheme, ValueMap
+from qkernels.reference_int8 import SMALLEST_RANGE
+from qkernels.scheme import GROUP_MULTIPLE, Activations, GroupSize, Scheme, ValueMap
 from qkernels.tensor import QTensor
 
 
@@ -127,6 +128,43 @@ def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
     return order.to(torch.int32)
 
 
+def activation_of(
+    parts: Mapping[str, Tensor],
+    scale: str,
+    zero: str,
+    how: Activations | None,
+    zero_dtypes: tuple[torch.dtype, ...] = (torch.int8,),
+) -> Tensor | None:
+    """Scale and zero of all inputs, (2,) float32, as QTensor has them, of the parts of these names; each one number.
+
+    None where activations are not static: then the parts must not be there.
+
+    Raises:
+        ValueError, TypeError: a part is missing, of another dtype, not one number, or is there and means nothing; a
+            scale is not from 2^-119 to 2^119, a zero not from -128 to 127, or not 0 where activations are symmetric.
+    """
+    if how is None or not how.static:
+        for name in (scale, zero):
+            if name in parts:
+                raise ValueError(f"there is {name!r}, and the configuration has no static activations for it")
+        return None
+    values = [0.0, 0.0]
+    for i, (name, dtypes) in enumerate(((scale, DTYPES), (zero, zero_dtypes))):
+        if i and how.symmetric and name not in parts:
+            continue
+        stored = part(parts, name, dtypes=dtypes)
+        if stored.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {tuple(stored.shape)}")
+        values[i] = stored.item()
+    if not SMALLEST_RANGE <= values[0] <= 1 / SMALLEST_RANGE:
+        raise ValueError(f"{scale} must be from 2^-119 to 2^119, got {values[0]:g}")
+    if how.symmetric and values[1] != 0:
+        raise ValueError(f"{zero} must be 0, or not there, for symmetric activations, got {values[1]:g}")
+    if not -128 <= values[1] <= 127:
+        raise ValueError(f"{zero} must be from -128 to 127, got {values[1]:g}")
+    return torch.tensor(values)  # exact: 16-bit and 32-bit floats, and small integers, are float32 numbers
+
+
 def weight(
     code: Tensor,
     scale: Tensor,
@@ -136,6 +174,8 @@ def weight(
     group_size: GroupSize,
     value_map: ValueMap,
     order: Tensor | None = None,
+    activations: Activations | None = None,
+    activation: Tensor | None = None,
 ) -> QTensor:
     """A QTensor of codes, if they, the scales and the zeros are possible.
 
@@ -143,8 +183,8 @@ def weight(
         code: (N, K) uint8, columns in `order`.
         scale: (groups, N), or (1, 1) for a tensor; float16, bfloat16 or float32.
         zero: like scale: integer zeros of any dtype for "affine"; offsets of scale's dtype for "offset"; or None.
-        bits, group_size, value_map: as of Scheme; group_size an int or "channel" or "tensor".
-        order: as of QTensor.
+        bits, group_size, value_map, activations: as of Scheme; group_size an int or "channel" or "tensor".
+        order, activation: as of QTensor.
 
     Raises:
         ValueError, TypeError: a tensor has another shape or dtype, a scale or an offset is not finite, a zero is no
@@ -154,7 +194,7 @@ def weight(
         raise TypeError(f"scales must be float16, bfloat16 or float32, got {scale.dtype}")
     if isinstance(group_size, int) and group_size == code.shape[1] and group_size % GROUP_MULTIPLE:
         group_size = "channel"  # one group, whatever its size
-    scheme = Scheme(bits, group_size, value_map, scale.dtype)
+    scheme = Scheme(bits, group_size, value_map, scale.dtype, activations)
     if not 0 <= code.shape[1] <= LARGEST_IN_FEATURES:
         raise ValueError(f"in_features must be at most {LARGEST_IN_FEATURES}, got {code.shape[1]}")
     for what, values in (("scale", scale), ("offset", zero)):
@@ -167,9 +207,8 @@ def weight(
             raise ValueError(f"zeros must be from 0 to {scheme.code_max}, got {low if low < 0 else high}")
         zero = zero.to(torch.uint8)
     packed = packing.pack(code, bits)
-    return QTensor(
-        packed, scale.contiguous(), None if zero is None else zero.contiguous(), scheme, code.shape[1], order
-    )
+    zero = None if zero is None else zero.contiguous()
+    return QTensor(packed, scale.contiguous(), zero, scheme, code.shape[1], order, activation)
 
 
 def affine(

@@ -23,8 +23,26 @@ exact, and the sum is rounded once: the real value, correctly rounded. z - 8 s i
 smaller than 8 s, or the other way round. The quantizer makes no such z of 16-bit weights: of 18 million random groups
 none was refused. Where all z are zero, w = s q.
 
-Refused are other classes, such as those of codes in an order of some kernel, weights whose activations are to be
-quantized or scaled, too, and quantized tensors that are not called M.weight.
+Inputs are quantized, too, where the entry of a weight says so; schemes then end in -a8 and the like (scheme.py):
+
+    Int8Tensor                  act_quant_kwargs, of class QuantizeTensorToInt8Kwargs: PerRow, symmetric (-a8s) or
+                                affine (-a8); with act_quant_scale, one number, PerTensor (-a8ts), and with
+                                act_quant_zero_point, one whole number, too (-a8t). Weights of one scale per row or in
+                                all, without zeros, as torchao's product leaves those out
+    IntxUnpackedToInt8Tensor    activation_quantization "int8_asym_per_token" (-a8), with weights of 4 or 8 bits
+
+Inputs are quantized here as reference_int8.py says, which is what torchao does but for this:
+
+    -a8s       torchao's scale is absmax / 127.5 and its codes are from -128 to 127, so that the largest magnitude lies
+               half a step from its code; here it is absmax / 127, from -127 to 127
+    -a8ts      what lies 127.5 steps or more below zero gets -128 there, -127 here
+    -a8, -a8t  scales, zeros and codes are the same where torchao computes in float32, which it does not for 16-bit
+               inputs. A value within 2^-15 of a step of the middle between two codes may get the other
+    all        torchao's scales of inputs of an Int8Tensor are at least 2^-23: tokens of less than 127 times that get
+               finer codes here
+
+Refused are other classes, such as those of codes in an order of some kernel, inputs that are quantized in another way
+(one scale for all that comes in a call, reduced ranges) or scaled, and quantized tensors that are not called M.weight.
 
 Source    the package torchao, 0.14 to 0.18: prototype/safetensors, and quantization/quantize_/workflows.
 """
@@ -41,15 +59,16 @@ import torch
 from torch import Tensor
 
 from qkernels.checks import DTYPES
-from qkernels.formats.reader import Reader, field, part, weight
-from qkernels.scheme import GroupSize, ValueMap
+from qkernels.formats.reader import Reader, activation_of, field, part, weight
+from qkernels.scheme import ACTIVATION_BITS, Activations, GroupSize, ValueMap
 from qkernels.tensor import QTensor
 
 Entry = Mapping[str, Any]  # of a weight in the metadata
 _PARTS = (
-    "qdata", "scale", "zero_point", "act_pre_scale", "act_quant_scale", "act_quant_zero_point", "scale_and_zero",
+    "qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "scale_and_zero",
     "per_tensor_scale", "act_per_tensor_scale",
 )  # fmt: skip
+_STATIC = _PARTS[3:5]  # of the inputs of an Int8Tensor
 _ZEROS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -106,7 +125,7 @@ def _decode(entries: Mapping[str, Entry], prefix: str, module: str, parts: Mappi
     if not isinstance(data, dict):
         raise ValueError(f"_data in the metadata must be an object, got {data!r:.100}")
     own = {part.removeprefix(prefix): tensor for part, tensor in parts.items()}
-    for what in _PARTS[3:]:
+    for what in _PARTS[5:] if kind == "Int8Tensor" else _PARTS[3:]:
         if what in own:
             raise ValueError(f"{kind} with {what} is not read")
     return _KINDS[kind](own, data)
@@ -152,22 +171,58 @@ def _offsets(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int8(parts: Mapping[str, Tensor], data: Entry) -> QTensor:
-    _only(data, "act_quant_kwargs", (None,))
-    return _bytes(parts, data, 8)
+    how = _int8_activations(data.get("act_quant_kwargs"), static=_STATIC[0] in parts)
+    found = _bytes(parts, data, 8, how, activation_of(parts, *_STATIC, how, _ZEROS))
+    # What torchao's product of codes cannot do, or leaves out.
+    if how is not None and isinstance(found.scheme.group_size, int):
+        raise ValueError(f"block_size must be [1, K] or [N, K] where inputs are quantized, got {data['block_size']}")
+    if how is not None and found.zero is not None:
+        raise ValueError("zero_point must be 0 throughout where inputs are quantized")
+    return found
+
+
+def _int8_activations(given: Any, *, static: bool) -> Activations | None:
+    """What act_quant_kwargs says of inputs; static: whether their scale is in the file."""
+    if given is None:
+        return None
+    kind, said = (given.get("_type"), given.get("_data")) if isinstance(given, dict) else (None, None)
+    if kind != "QuantizeTensorToInt8Kwargs" or not isinstance(said, dict):
+        raise ValueError(f"act_quant_kwargs must be None or of class QuantizeTensorToInt8Kwargs, got {given!r:.200}")
+    if unknown := said.keys() - {"granularity", "mapping_type", "reduce_range"}:
+        raise ValueError(f"act_quant_kwargs has {min(unknown)!r:.100}, which is not known")
+    wanted = f"PerTensor where there is {_STATIC[0]!r}" if static else f"PerRow where there is no {_STATIC[0]!r}"
+    own: list[Any] = [{"_type": "PerTensor", "_data": {}}] if static else [{"_type": "PerRow", "_data": {"dim": -1}}]
+    if said.get("granularity") not in own:
+        raise ValueError(f"the granularity of inputs must be {wanted}, got {said.get('granularity')!r:.200}")
+    _only(said, "reduce_range", (None, False))  # to 7 bits
+    mapping = {name: {"_type": "MappingType", "_data": name} for name in ("SYMMETRIC", "ASYMMETRIC")}
+    _only(said, "mapping_type", (None, *mapping.values()))
+    return Activations(static, said.get("mapping_type") != mapping["ASYMMETRIC"])
 
 
 def _intx(parts: Mapping[str, Tensor], data: Entry) -> QTensor:
-    _only(data, "activation_quantization", (None,))
+    _only(data, "activation_quantization", (None, "int8_asym_per_token"))
     dtype = data.get("target_dtype")
     text = dtype.get("_data") if isinstance(dtype, dict) else None
     if not isinstance(text, str) or not re.fullmatch("int[1-8]", text):
         raise ValueError(f"target_dtype must be int1 to int8, got {dtype!r:.100}")
+    bits, how = int(text[3:]), None
+    if data.get("activation_quantization") is not None:
+        how = Activations(static=False, symmetric=False)
+        if bits not in ACTIVATION_BITS:
+            raise ValueError(f"target_dtype must be int4 or int8 where inputs are quantized, got {text}")
     part(parts, "zero_point")
-    return _bytes(parts, data, int(text[3:]))
+    return _bytes(parts, data, bits, how)
 
 
-def _bytes(parts: Mapping[str, Tensor], data: Entry, bits: int) -> QTensor:
-    """A weight whose codes are bytes of their own: s (q - z)."""
+def _bytes(
+    parts: Mapping[str, Tensor],
+    data: Entry,
+    bits: int,
+    activations: Activations | None,
+    activation: Tensor | None = None,
+) -> QTensor:
+    """A weight whose codes are bytes of their own: s (q - z); activation is as of QTensor."""
     center = 2 ** (bits - 1)
     q = _matrix(parts, (torch.int8,))
     rows, columns = _block_size(data)
@@ -194,7 +249,16 @@ def _bytes(parts: Mapping[str, Tensor], data: Entry, bits: int) -> QTensor:
             raise ValueError(f"zero_point must be from {-center} to {center - 1}, got {zero.min()} to {zero.max()}")
         else:
             value_map, zero = "affine", zero + center
-    return weight(code, scale, zero, bits=bits, group_size=group_size, value_map=value_map)
+    return weight(
+        code,
+        scale,
+        zero,
+        bits=bits,
+        group_size=group_size,
+        value_map=value_map,
+        activations=activations,
+        activation=activation,
+    )
 
 
 _KINDS = {"Int4Tensor": _int4, "Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx}

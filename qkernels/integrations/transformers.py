@@ -21,9 +21,10 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qkernels.calibrate.linears import method_for
 from qkernels.formats.native import VERSION, Entry, FormatError, parse_entry, quantization_config
 from qkernels.integrations.experts import renaming
-from qkernels.model import check_method, method_for, quantize_extras, quantize_model
+from qkernels.model import check_method, quantize_extras, quantize_model
 from qkernels.nn import PARTS, QuantEmbedding, QuantModule
 from qkernels.pretrained import describe
 from qkernels.replace import counterpart, is_conv1d, linears_for_conv1d, places, put, slot
@@ -79,8 +80,14 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.embeddings = None if embeddings is None else as_scheme(embeddings)
         self.method, self.calibration, self.options = method, calibration, dict(options or {})
         if weights is None:
+            self._check_activations()
             if method != "gptq" or calibration is None:
                 check_method(method, None)
+            static = next((s for s in (self.scheme, *self.schemes.values()) if s is not None and s.dynamic != s), None)
+            if static is not None and calibration is None:
+                raise ValueError(
+                    f"scheme '{static}' has static activations, which need calibration; '{static.dynamic}' needs none"
+                )
             if self.options and calibration is None:
                 raise ValueError(f"options ({', '.join(self.options)}) need calibration")
         elif not isinstance(weights, Mapping):
@@ -88,6 +95,17 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.weights = None
         if weights is not None:
             self.weights = {name: parse_entry(name, entry) for name, entry in weights.items()}
+
+    def _check_activations(self) -> None:
+        """Raise ValueError for activations that no calibration would find, or that an embedding does not have."""
+        if self.embeddings is not None and self.embeddings.activations is not None:
+            raise ValueError(f"embeddings={str(self.embeddings)!r}: an embedding has no activations to quantize")
+        static = (s for s in [self.scheme, *self.schemes.values()] if s is not None and s.is_static)
+        if self.calibration is None and (found := next(static, None)) is not None:
+            raise ValueError(
+                f"scheme {str(found)!r} has static activations, whose scale calibration finds: give calibration= "
+                "batches, 'written' or 'random'; or take dynamic ones, such as 'w8a8'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: of a quantized model its weights, else the schemes asked for."""
@@ -170,6 +188,8 @@ class QKernelsHfQuantizer(HfQuantizer):
                 continue  # another head's: transformers tells of tensors that it has no use for
             if found[1].shape != entry.shape:
                 raise FormatError(f"quantization_config: {name} is {entry.shape}, the model's {found[1].shape}")
+            if why_not := found[1].why_not(entry.scheme, entry.ordered):
+                raise FormatError(f"quantization_config: {name} {why_not}")
             found[1].put(entry.on_meta(), where.get(found[1].module, ()))
             names[found[0]] = entry
         for target, source in dict(model.all_tied_weights_keys).items():

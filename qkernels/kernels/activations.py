@@ -63,15 +63,33 @@ def _reach(x, largest, low, high, RANGE: tl.constexpr):
 
 
 @triton.jit
-def _code(x, reciprocal, zero, finite, word, B: tl.constexpr, K, LANES: tl.constexpr, AFFINE: tl.constexpr):
-    """Codes, at their byte of an int32."""
-    code = round_half_even(tl.clamp(x * reciprocal, -512.0, 512.0))
+def _code(
+    x,
+    reciprocal,
+    zero,
+    word,
+    B: tl.constexpr,
+    K,
+    LANES: tl.constexpr,
+    AFFINE: tl.constexpr,
+    STATIC: tl.constexpr,
+    PADDED: tl.constexpr,  # whether there are words, or bytes of words, past K
+):
+    """Codes, at their byte of an int32.
+
+    1.5 * 2^23 + code has the code, in two's complement, in its low bits, and no room for a fraction.
+    """
+    MAGIC: tl.constexpr = 12582912.0
+    code = x * reciprocal
+    if STATIC:  # nothing reaches farther than a dynamic scale does
+        code = tl.clamp(code, -512.0 if AFFINE else -127.0, 512.0 if AFFINE else 127.0)
+    code += MAGIC
     if AFFINE:
-        code = tl.clamp(code + zero, -128.0, 127.0)
-        code = tl.where(_index(word, B, LANES) < K, code, 0.0)
-    else:
-        code = tl.clamp(code, -127.0, 127.0)
-    return (tl.where(finite, code, 0.0).to(tl.int32) & 0xFF) << (8 * B)
+        code = tl.clamp(code + zero, MAGIC - 128.0, MAGIC + 127.0)
+    bits = code.to(tl.int32, bitcast=True) & 0xFF
+    if AFFINE and PADDED:
+        bits = tl.where(_index(word, B, LANES) < K, bits, 0)
+    return bits << (8 * B)
 
 
 @triton.jit
@@ -90,6 +108,7 @@ def activations_kernel(
     LEVELS: tl.constexpr,  # 127, or 127.5 for affine codes
     STATIC: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PADDED: tl.constexpr,  # K is not a whole number of blocks
     WHOLE: tl.constexpr,  # a tile holds all of a token: it is read once
     WORDS: tl.constexpr,  # in a tile
 ):
@@ -150,19 +169,19 @@ def activations_kernel(
 
     row = codes_ptr + m * words
     if WHOLE:
-        packed = _code(x0, reciprocal, zero, finite, column, 0, K, LANES, AFFINE)
-        packed |= _code(x1, reciprocal, zero, finite, column, 1, K, LANES, AFFINE)
-        packed |= _code(x2, reciprocal, zero, finite, column, 2, K, LANES, AFFINE)
-        packed |= _code(x3, reciprocal, zero, finite, column, 3, K, LANES, AFFINE)
-        tl.store(row + column, packed, mask=column < words)
+        packed = _code(x0, reciprocal, zero, column, 0, K, LANES, AFFINE, STATIC, PADDED)
+        packed |= _code(x1, reciprocal, zero, column, 1, K, LANES, AFFINE, STATIC, PADDED)
+        packed |= _code(x2, reciprocal, zero, column, 2, K, LANES, AFFINE, STATIC, PADDED)
+        packed |= _code(x3, reciprocal, zero, column, 3, K, LANES, AFFINE, STATIC, PADDED)
+        tl.store(row + column, tl.where(finite, packed, 0), mask=column < words)
     else:
         for start in range(0, words, WORDS):
             word = start + column
             packed = tl.zeros((WORDS,), tl.int32)
             for b in tl.static_range(4):
                 x = _load_normed(x_row, norm_ptr, rstd, word, b, K, LANES, HAS_NORM)
-                packed |= _code(x, reciprocal, zero, finite, word, b, K, LANES, AFFINE)
-            tl.store(row + word, packed, mask=word < words)
+                packed |= _code(x, reciprocal, zero, word, b, K, LANES, AFFINE, STATIC, PADDED)
+            tl.store(row + word, tl.where(finite, packed, 0), mask=word < words)
     tl.store(scale_ptr + m, tl.where(finite, scale, float("nan")))
     if AFFINE:
         tl.store(zero_ptr + m, zero.to(tl.int8))
@@ -189,6 +208,7 @@ def prepare(
         "LEVELS": how.levels,
         "STATIC": how.static,
         "HAS_NORM": has_norm,
+        "PADDED": K % packing.block_columns(scheme.bits) != 0,
         "WHOLE": words <= config.words,
         "WORDS": min(config.words, triton.next_power_of_2(words)),
     }

@@ -294,13 +294,12 @@ def prepare(
     stride: int,
     scale_shape: torch.Size,
     scale_stride: tuple[int, ...],
-    has_bias: bool,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     scheme: Scheme,
     in_features: int,
-    dtype: torch.dtype,
     config: MatmulConfig,
 ) -> Call:
-    """The launch for codes (..., words) of this shape and weights of this, all of the same dtypes and GPU; y in dtype.
+    """The launch for codes (..., words) of this shape and such weights; dtypes of y, scale and bias, if there is one.
 
     codes and bias are contiguous, rows of packed `stride` words apart; rows of scale and zero are dense, one after the
     other or, in both, with equal gaps. None is empty.
@@ -320,7 +319,7 @@ def prepare(
         "UNIT": UNIT[scheme.bits, scheme.value_map],
         "AFFINE": scheme.value_map == "affine",
         "X_AFFINE": not scheme.activations.symmetric,
-        "HAS_BIAS": has_bias and splits == 1,
+        "HAS_BIAS": dtypes[2] is not None and splits == 1,
         "HAS_TAIL": K % step != 0,
         "SPLIT": splits > 1,
         "PTX": has_ptx(),
@@ -339,14 +338,14 @@ def prepare(
     shape = (*codes[:-1], N)
     parts = (splits, *shape)
     unit = UNIT[scheme.bits, scheme.value_map] if one_group else None
-    add_up = scale_sums.prepare(parts, stride_scale_n, has_bias, unit, dtype)
+    add_up = scale_sums.prepare(parts, stride_scale_n, unit, dtypes)
 
     # Where there is no zero or bias, any tensor stands in for it.
     def whole(
         codes: Tensor, x_scale: Tensor, x_zero: Tensor | None,
         packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y = codes.new_empty(shape, dtype=dtype)
+        y = codes.new_empty(shape, dtype=dtypes[0])
         beside = (scale if zero is None else zero, scale if bias is None else bias)
         launch(codes, x_scale, codes if x_zero is None else x_zero, packed, scale, *beside, y)
         return y

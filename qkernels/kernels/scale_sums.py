@@ -59,23 +59,22 @@ def scale_sums_kernel(
 
 _BLOCK = 1024
 
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype | None]  # of y, scale and bias
 # part, x_scale, scale, bias -> y
 Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-def prepare(
-    shape: tuple[int, ...], stride_scale_n: int, has_bias: bool, unit: float | None, dtype: torch.dtype
-) -> Call:
-    """The launch for parts of this shape (splits, ..., N), contiguous and not empty; y in dtype.
+def prepare(shape: tuple[int, ...], stride_scale_n: int, unit: float | None, dtypes: Dtypes) -> Call:
+    """The launch for parts of this shape (splits, ..., N), contiguous and not empty.
 
     unit: a power of two that int32 sums are counted in; None where parts have been multiplied by scale and unit.
     """
     splits, *outer = shape
     M, N = math.prod(outer[:-1]), outer[-1]
-    launch = _launch((splits, M, N, N, stride_scale_n, N), unit, has_bias)
+    launch = _launch((splits, M, N, N, stride_scale_n, N), unit, dtypes)
 
     def add_up(part: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        y = part.new_empty(outer, dtype=dtype)
+        y = part.new_empty(outer, dtype=dtypes[0])
         launch(part, x_scale, scale, scale if bias is None else bias, y)
         return y
 
@@ -85,15 +84,16 @@ def prepare(
 def scale_sums(part: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Launch only: out (M, N), whose rows may have gaps, of the first M rows and N columns of one part, int32."""
     (M, N), stride = out.shape, group_strides(scale)[1]
-    launch = _launch((1, M, N, part.stride(0), stride, out.stride(0)), 1.0, bias is not None)
+    dtypes = out.dtype, scale.dtype, None if bias is None else bias.dtype
+    launch = _launch((1, M, N, part.stride(0), stride, out.stride(0)), 1.0, dtypes)
     launch(part, x_scale, scale, scale if bias is None else bias, out)
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(numbers: tuple[int, ...], unit: float | None, has_bias: bool) -> Launch:
+def _launch(numbers: tuple[int, ...], unit: float | None, dtypes: Dtypes) -> Launch:
     """numbers: splits, M, N, and strides of parts along M, of scale along N and of y along M."""
     _, M, N, *_ = numbers
     block = min(_BLOCK, triton.next_power_of_2(N))
-    constants = {"UNIT": unit, "HAS_BIAS": has_bias, "BLOCK": block}
+    constants = {"UNIT": unit, "HAS_BIAS": dtypes[2] is not None, "BLOCK": block}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     return Launch(scale_sums_kernel, M * -(-N // block), numbers, constants, options)

@@ -16,13 +16,18 @@ _Placements: TypeAlias = list[Placement | None]
 _Shardings: TypeAlias = list[tuple[_Placements, _Placements]]  # of results, of arguments
 
 
-def _matmul(x: Any, packed: Any, scale: Any, zero: Any, bias: Any, scheme: str, in_features: int) -> _Shardings:
+def _matmul(
+    x: Any, packed: Any, scale: Any, zero: Any, bias: Any, scheme: str, in_features: int, activation: Any = None
+) -> _Shardings:
     """What the op can do without a word between processes: rows of x apart, or rows of the weight.
 
     Not columns of the weight: in_features is an argument of the op, and a part of the codes would need another one.
-    RowwiseParallel does that.
+    RowwiseParallel does that. Activations are quantized token by token, so codes are those of one process; the scale of
+    static ones is the same everywhere.
     """
-    rest = [None, None]  # scheme, in_features
+    rest: _Placements = [None, None]  # scheme, in_features
+    if activation is not None:
+        rest.append(Replicate())
     whole = [*_weight(Replicate(), scale, zero, scheme), None if bias is None else Replicate(), *rest]
     columns = [*_weight(Shard(0), scale, zero, scheme), None if bias is None else Shard(0), *rest]
     found: _Shardings = [([Replicate()], [Replicate(), *whole]), ([Shard(x.ndim - 1)], [Replicate(), *columns])]

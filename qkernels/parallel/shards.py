@@ -38,7 +38,7 @@ def check_split(scheme: Scheme, out_features: int, in_features: int, dim: int, r
 
 
 def sharded(weight: QTensor, dim: int, rank: int, ranks: int) -> QTensor:
-    """One of equal parts of a weight (N, K); it dequantizes to the same values, and shares no codes with the whole.
+    """One of equal parts of a weight (N, K); it dequantizes to the same values, and shares no memory with the whole.
 
     Args:
         weight: to be cut, on any device but meta.
@@ -61,7 +61,8 @@ def sharded(weight: QTensor, dim: int, rank: int, ranks: int) -> QTensor:
         raise ValueError("weight is on the meta device, where there are no codes to cut: load it first")
     if dim == 0:
         rows = out_features // ranks
-        return weight.rows(torch.arange(rank * rows, (rank + 1) * rows, device=weight.device))
+        part = weight.rows(torch.arange(rank * rows, (rank + 1) * rows, device=weight.device))
+        return dataclasses.replace(part, order=_copy(weight.order), activation=_copy(weight.activation))
     columns = in_features // ranks
     code = packing.unpack(weight.packed, weight.scheme.bits, in_features)
     packed = packing.pack(code[:, rank * columns : (rank + 1) * columns], weight.scheme.bits)
@@ -70,7 +71,11 @@ def sharded(weight: QTensor, dim: int, rank: int, ranks: int) -> QTensor:
         groups = scale.shape[0] // ranks
         own = slice(rank * groups, (rank + 1) * groups)
         scale, zero = scale[own].clone(), None if zero is None else zero[own].clone()
-    return QTensor(packed, scale, zero, weight.scheme, columns, activation=weight.activation)
+    return QTensor(packed, scale, zero, weight.scheme, columns, activation=_copy(weight.activation))
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def joined(parts: Sequence[QTensor], dim: int) -> QTensor:

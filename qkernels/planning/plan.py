@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibrate.batches import Batch
+from qkernels.calibrate.linears import method_for
 from qkernels.calibrate.probe import importances
 from qkernels.merge import SIBLINGS, check_groups
-from qkernels.model import batches_of, check_method, method_for
+from qkernels.model import batches_of, check_method
 from qkernels.planning import fisher, knapsack, trial
 from qkernels.planning.result import Plan, PlannedLayer, Uniform
 from qkernels.replace import linears_for_conv1d
@@ -72,7 +73,7 @@ def plan(
             "random" or "written", as there. By default a little text that the model writes itself, if it is one of
             transformers' that can generate, else random tokens, if it reads tokens alone; else costs are the errors of
             weights, relative to the weights, which the plan's `measure` then says.
-        candidates: schemes to choose from.
+        candidates: schemes to choose from; their activations are the same, and not static.
         skip: patterns (as of fnmatch) of module names to leave alone.
         siblings: names of layers of one parent that get one scheme, as merging asks for; () plans each by itself, which
             is cheaper at the same bytes, above all where values need more bits than queries and keys do.
@@ -151,6 +152,13 @@ def _candidates(given: Sequence[str | Scheme]) -> list[Scheme]:
     schemes = list(dict.fromkeys(as_scheme(scheme) for scheme in given))
     if not schemes:
         raise ValueError("candidates must hold at least one scheme, got none")
+    if static := [str(scheme) for scheme in schemes if scheme.is_static]:
+        raise ValueError(f"candidates cannot have static activations, whose scale calibration finds, got {static[0]!r}")
+    if len({scheme.activations for scheme in schemes}) > 1:
+        names = ", ".join(map(str, schemes))
+        raise ValueError(
+            f"candidates must all quantize activations alike, or not at all: costs are those of weights; got {names}"
+        )
     return schemes
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.calibrate.batches import rows
+from qkernels.calibrate.batches import listening, rows
 
 
 class SecondMoments:
@@ -35,22 +34,12 @@ class SecondMoments:
         Args:
             mask: (batch, tokens), zero for padding, which is left out of inputs (batch, tokens, K); None to count all.
         """
-        hooks = []
         self.mask = mask
         try:
-            for name, layer in self.layers.items():
-                hooks.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-            yield
+            with listening(self.layers, self._add):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
             self.mask = self.last = None
-
-    def _hook(self, name: str) -> Any:
-        def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._add(name, args[0] if args else kwargs["input"])
-
-        return count
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor) -> None:

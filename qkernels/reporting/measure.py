@@ -28,10 +28,11 @@ def report(
     """What quantizing cost, layer by layer, and with batches on real activations and for the whole model.
 
     Every QuantLinear of the model is compared with the nn.Linear of the same name in the reference. With batches, both
-    models run over them once, in evaluation mode: inputs of layers are those in the reference, no activations are kept
-    (but a K x K float32 matrix for each distinct input of layers), and padding that a dict's attention_mask of
-    (batch, tokens) marks is left out. Outputs that have `logits` for every token of integer (batch, tokens) input are
-    taken for predictions of the next token; of others the first floating tensor is compared.
+    models run over them once, in evaluation mode: inputs of layers are those in the reference, quantized where a scheme
+    says so, no activations are kept (but a K x K float32 matrix for each distinct input that is not quantized), and
+    padding that a dict's attention_mask of (batch, tokens) marks is left out. Outputs that have `logits` for every
+    token of integer (batch, tokens) input are taken for predictions of the next token; of others the first floating
+    tensor is compared.
 
     Args:
         model: with QuantLinears, as quantize_model leaves it; or {name: QTensor}, as qkernels.load gives, to compare
@@ -61,19 +62,20 @@ def report(
             )
         if batches is not None:
             raise TypeError("batches need models to run through; model and reference are mappings of tensors")
-        return QualityReport(tuple(_layer(*pair, None) for pair in _tensor_pairs(model, reference)))
+        return QualityReport(tuple(_layer(*pair) for pair in _tensor_pairs(model, reference)))
     for who, given in (("model", model), ("reference", reference)):
         if not isinstance(given, nn.Module):
             raise TypeError(f"{who} must be a torch.nn.Module or a mapping of tensors, got {type(given).__name__}")
     with linears_for_conv1d(reference):
         pairs = dict(_layer_pairs(model, reference))
         moments: Mapping[str, Tensor] = {}
+        errors: Mapping[str, float] = {}
         quality = None
         if batches is not None:
-            linears = {name: linear for name, (_, linear) in pairs.items()}
-            moments, quality = outputs.run(model, reference, linears, batches)
+            moments, errors, quality = outputs.run(model, reference, pairs, batches)
         rows = tuple(
-            _layer(name, layer.qweight, linear.weight, moments.get(name)) for name, (layer, linear) in pairs.items()
+            _layer(name, layer.qweight, linear.weight, moments.get(name), errors.get(name))
+            for name, (layer, linear) in pairs.items()
         )
     return QualityReport(rows, quality)
 
@@ -123,14 +125,17 @@ def _tensor_pairs(model: Mapping[str, Any], reference: Mapping[str, Any]) -> Ite
 
 
 @torch.no_grad()
-def _layer(name: str, q: QTensor, weight: Tensor, moment: Tensor | None) -> LayerQuality:
+def _layer(
+    name: str, q: QTensor, weight: Tensor, moment: Tensor | None = None, output_error: float | None = None
+) -> LayerQuality:
     """One row.
 
     Args:
         name: of the layer.
         q: quantized (N, K).
         weight: (N, K) floating, what it came from.
-        moment: (K, K) float32, sum of x^T x over inputs x.
+        moment: (K, K) float32, sum of x^T x over inputs x, which tell the error of the output.
+        output_error: if it is known.
     """
     if weight.shape != q.shape:
         raise ValueError(f"{name} is {tuple(q.shape)} in model, but {tuple(weight.shape)} in reference")
@@ -153,7 +158,7 @@ def _layer(name: str, q: QTensor, weight: Tensor, moment: Tensor | None) -> Laye
         snr_db=error.snr_db,
         max_error_steps=_largest_in_steps(difference, q),
         outlier_share=_outlier_share(original),
-        output_error=None if moment is None else _output_error(original, difference, moment),
+        output_error=output_error if moment is None else _output_error(original, difference, moment),
         nbytes=q.nbytes,
         bits_per_weight=q.bits_per_weight,
         error=error,

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.calibrate.batches import evaluating, padding, rows
+from qkernels.nn import QuantLinear
 from qkernels.quality import PredictionScore, field, floating_output
+from qkernels.reporting._output_errors import OutputErrors
 from qkernels.reporting._second_moments import SecondMoments
 from qkernels.reporting.rows import ModelQuality
 
@@ -62,16 +64,22 @@ class OutputScore:
 
 
 def run(
-    model: nn.Module, reference: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Batch]
-) -> tuple[dict[str, Tensor], ModelQuality]:
-    """({name: H (K, K) float32 of the layer's input in `reference`}, how far the models' outputs are apart).
+    model: nn.Module,
+    reference: nn.Module,
+    layers: Mapping[str, tuple[QuantLinear, nn.Linear]],
+    batches: Iterable[Batch],
+) -> tuple[dict[str, Tensor], dict[str, float], ModelQuality]:
+    """What layers read in `reference`, and how far the models' outputs are apart.
+
+    The first is {name: H (K, K) float32 of the layer's input}, or, where inputs are quantized, too, the second
+    {name: relative error of the layer's output}.
 
     Both models run in evaluation mode, without gradients; their modes are what they were afterwards.
 
     Args:
         model: the quantized one.
         reference: the unquantized one.
-        layers: of the reference, by name.
+        layers: {name: (of the model, of the reference)}.
         batches: see qkernels.report; gone through once.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -79,24 +87,26 @@ def run(
             f"batches must be an iterable of Tensors, dicts or tuples, got a {type(batches).__name__}; "
             "for a single batch write batches=[batch]"
         )
-    moments, score = SecondMoments(layers), OutputScore()
+    float_inputs = {n: linear for n, (layer, linear) in layers.items() if layer.scheme.activations is None}
+    others = {n: (linear, layer.qweight) for n, (layer, linear) in layers.items() if n not in float_inputs}
+    moments, errors, score = SecondMoments(float_inputs), OutputErrors(others), OutputScore()
     with torch.no_grad(), evaluating(model), evaluating(reference):
         for batch in batches:
             args, kwargs = _arguments(batch, score.batches)
             mask = padding(kwargs)
-            with moments.watching(mask):
+            with moments.watching(mask), errors.watching(mask):
                 original = _call(reference, args, kwargs, score.batches)
             _add(score, _call(model, args, kwargs, score.batches), original, _tokens(reference, args, kwargs), mask)
             score.batches += 1
     if not score.batches:
         raise ValueError("batches is empty: give at least one, or none at all (batches=None) to compare weights only")
-    if unreached := [name for name in layers if name not in moments.moments]:
+    if unreached := [name for name in layers if name not in moments.moments and name not in errors.sums]:
         more = f", and {len(unreached) - 3} more" if len(unreached) > 3 else ""
         raise ValueError(
             f"no batch reaches {', '.join(unreached[:3])}{more} in the reference model: "
             "its output error cannot be measured; give batches that use every quantized layer, or batches=None"
         )
-    return moments.moments, score.result()
+    return moments.moments, errors.result(), score.result()
 
 
 def _add(score: OutputScore, found: Any, original: Any, tokens: Tensor | None, mask: Tensor | None) -> None:

@@ -23,7 +23,8 @@ class LayerQuality:
         max_error_steps: the largest |w - w^| in scales of its group. Rounding to nearest gives 0.5 at most, but for the
             last bit of float32; a clipped weight is further away.
         outlier_share: share of the weights with |w| > OUTLIER times the root mean square of their row, from 0 to 1.
-        output_error: ||x (w - w^)|| / ||x w|| over all x that the batches brought, without bias; None without batches.
+        output_error: ||x w - x^ w^|| / ||x w|| over all x that the batches brought, without bias; x^ is x, or what its
+            codes stand for if the scheme quantizes activations. None without batches.
         nbytes: of codes, scales and zeros, padding included.
         bits_per_weight: 8 nbytes / (N K).
         error: sums that snr_db is made of.

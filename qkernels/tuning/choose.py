@@ -168,7 +168,7 @@ def _tile_int8(tokens: int, out_features: int, scheme: Scheme, device: Device) -
     elif tokens <= 16:
         block_m, block_n, num_warps = 8 if tokens <= 8 else 16, 64, 1
     elif tokens <= 32 or short:
-        block_m, block_n, num_warps = 32, 64, 2
+        block_m, block_n, num_warps = 16 if short and sums > 1 else 32, 64, 2
     elif tokens <= 64 or (grouped and sums > 1):
         block_m, block_n, num_warps = 64, 64, 4
     elif sums > 1:
