@@ -1,8 +1,8 @@
-"""Models of Llama's shape with random weights, and a decode step of theirs.
+"""Models of Llama's shape with random weights, a decode step of theirs, and the pass over a prompt.
 
 Weights are made where they are needed: the codes of a quantized model directly, so that it never takes more memory than
 it ends up with. What a step computes is what transformers' model computes; what is left out are masks, since the cache
-is full: a step writes the last slot of a StaticCache and attends to all of it.
+is full: a step writes the last slot of a StaticCache and attends to all of it; a prompt fills it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.products import Work, quantized
 from qkernels import QTensor, QuantLinear, Scheme, merge_siblings, packing
 from qkernels.replace import places, put
 from qkernels.selection import DEFAULT_SKIP
@@ -108,54 +109,75 @@ def random_weight(N: int, K: int, scheme: str, generator: torch.Generator) -> QT
     return QTensor(packed, scale, zero, parsed, K)
 
 
-def dense_twin(quantized: Any, context: int) -> Any:
-    """The same model with Linears that hold the dequantized weights, in its dtype and on its device."""
-    size = next(name for name, fields in SIZES.items() if fields["hidden_size"] == quantized.config.hidden_size)
-    embedding = quantized.model.embed_tokens.weight
+def dense_twin(model: Any, context: int) -> Any:
+    """The same model with Linears that hold the dequantized weights, in its dtype and on its device.
+
+    They round their inputs to what codes stand for, where the model's do.
+    """
+    size = next(name for name, fields in SIZES.items() if fields["hidden_size"] == model.config.hidden_size)
+    embedding = model.model.embed_tokens.weight
     twin = build(size, Variant(None), embedding.device, embedding.dtype, context)
-    plain = {n: t for n, t in quantized.state_dict().items() if n in twin.state_dict() and t.is_floating_point()}
+    plain = {n: t for n, t in model.state_dict().items() if n in twin.state_dict() and t.is_floating_point()}
     twin.load_state_dict(plain, strict=False)
-    for name, layer in quantized.named_modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
-            twin.get_submodule(name).weight.copy_(layer.qweight.dequantize(embedding.dtype))
+            linear = twin.get_submodule(name)
+            linear.weight.copy_(layer.qweight.dequantize(embedding.dtype))
+            linear.register_forward_pre_hook(functools.partial(_round_inputs, scheme=layer.scheme))
     return twin
 
 
-class Decoder:
-    """A prompt that fills all but the last slot of a cache, and the step that fills it, again and again.
+def _round_inputs(module: nn.Module, inputs: tuple[Tensor], scheme: Scheme) -> tuple[Tensor]:
+    (x,) = inputs
+    return (quantized(x.flatten(0, -2), scheme).view(x.shape).to(x.dtype),)
+
+
+class Loop:
+    """What runs a model again and again over a cache.
 
     Args:
         model: of `build`.
         context: slots of the cache.
         batch: sequences.
-        seed: of the prompt.
+        length: of their prompts.
+        seed: of the prompts.
     """
 
-    def __init__(self, model: Any, context: int, batch: int, seed: int = 0):
+    def __init__(self, model: Any, context: int, batch: int, length: int, seed: int):
         import transformers
 
-        self.model, self.batch, self.position = model, batch, context - 1
+        self.model, self.batch, self.length = model, batch, length
         self.device = model.model.embed_tokens.weight.device
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=context)
         generator = torch.Generator(self.device).manual_seed(seed)
-        vocabulary = model.config.vocab_size
-        self.prompt = torch.randint(vocabulary, (batch, context - 1), generator=generator, device=self.device)
-        self._positions = torch.full((1, 1), self.position, device=self.device)
-        logits = self._run(self.prompt, torch.arange(context - 1, device=self.device)[None])
-        self.token = logits.argmax(-1, keepdim=True)
+        self.prompt = torch.randint(
+            model.config.vocab_size, (batch, length), generator=generator, device=self.device
+        )  # fmt: skip
+        self._positions = torch.arange(length, device=self.device)[None]
 
     @torch.no_grad()
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
         out = self.model(tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
-    def step(self) -> Tensor:
-        """Logits (batch, vocabulary) for the token in the last slot; the likeliest next one takes its place."""
+    def _go_to(self, position: int) -> None:
+        """Have the next tokens take the slots from a position on."""
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.position)  # on the device: part of a captured graph
-        logits = self._run(self.token, self._positions)
-        self.token.copy_(logits.argmax(-1, keepdim=True))
-        return logits
+            layer.cumulative_length.fill_(position)  # on the device: part of a captured graph
+
+    def step(self) -> Tensor:
+        """Logits (batch, vocabulary) after the last token."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> int:
+        """That a step takes in, of all sequences."""
+        raise NotImplementedError
+
+    @property
+    def work(self) -> Work:
+        """What a step has to do at least."""
+        raise NotImplementedError
 
     def runner(self) -> Callable[[], object]:
         """What makes one step: the replay of a CUDA graph, or the step itself on a CPU."""
@@ -167,21 +189,82 @@ class Decoder:
         return graph.replay
 
     @property
-    def moved_bytes(self) -> int:
-        """That a step must move: all of its weights and the whole cache."""
-        return self.weight_bytes + self.cache_bytes
-
-    @property
     def weight_bytes(self) -> int:
         """Of all weights that a step reads: everything but the rows of the embedding that are not looked up."""
         embedding = self.model.model.embed_tokens.weight
-        rows = self.batch * embedding.shape[1] * embedding.element_size()
+        rows = self.tokens * embedding.shape[1] * embedding.element_size()
         return sum(p.nbytes for p in self.model.parameters()) - embedding.nbytes + rows
 
     @property
     def cache_bytes(self) -> int:
-        """Of the keys and values that a step reads."""
+        """Of the keys and values of all slots."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class Decoder(Loop):
+    """Prompts that fill all but the last slot of a cache, and the step that fills it, again and again; see Loop."""
+
+    phase = "decoding"
+
+    def __init__(self, model: Any, context: int, batch: int, seed: int = 0):
+        super().__init__(model, context, batch, context - 1, seed)
+        logits = self._run(self.prompt, self._positions)
+        self._last = torch.full((1, 1), self.length, device=self.device)
+        self.token = logits.argmax(-1, keepdim=True)
+
+    def step(self) -> Tensor:
+        """Logits (batch, vocabulary) for the token in the last slot; the likeliest next one takes its place."""
+        self._go_to(self.length)
+        logits = self._run(self.token, self._last)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        return logits
+
+    @property
+    def tokens(self) -> int:
+        """One of each sequence."""
+        return self.batch
+
+    @property
+    def work(self) -> Work:
+        """To read all weights and the whole cache: beside it, arithmetic is nothing."""
+        return Work(self.weight_bytes + self.cache_bytes, 0)
+
+
+class Prefill(Loop):
+    """Prompts that fill a cache, in one pass, again and again; see Loop."""
+
+    phase = "prefill"
+
+    def __init__(self, model: Any, context: int, batch: int, seed: int = 0):
+        super().__init__(model, context, batch, context, seed)
+        self._run(self.prompt, self._positions)
+
+    def step(self) -> Tensor:
+        """Logits (batch, vocabulary) after each prompt."""
+        self._go_to(0)
+        return self._run(self.prompt, self._positions)
+
+    @property
+    def tokens(self) -> int:
+        """All of all sequences."""
+        return self.batch * self.length
+
+    @property
+    def work(self) -> Work:
+        """To read all weights, write the cache, and multiply: in Linears, by lm_head once, in half of all attention."""
+        dense = int8 = 0
+        for layer in self.model.model.modules():
+            if isinstance(layer, (nn.Linear, QuantLinear)):
+                operations = 2 * self.tokens * layer.in_features * layer.out_features
+                coded = isinstance(layer, QuantLinear) and layer.scheme.activations is not None
+                dense, int8 = dense + operations * (not coded), int8 + operations * coded
+        config = self.model.config
+        dense += 2 * self.batch * config.hidden_size * config.vocab_size
+        dense += config.num_hidden_layers * 2 * self.batch * self.length**2 * config.hidden_size
+        return Work(self.weight_bytes + self.cache_bytes, dense, int8)
+
+
+Phase = Decoder | Prefill
 
 
 def _full_cache_attention(

@@ -1,13 +1,14 @@
-"""What a decoded token costs in energy: the board's own counter around a loop of steps.
+"""What a token costs in energy, decoded or of a prompt: the board's own counter around a loop of steps.
 
     python -m benchmarks.energy                                  # bfloat16 and w4g128, siblings apart and merged
     python -m benchmarks.energy --schemes w4g128 w8g128 --seconds 20
+    python -m benchmarks.energy --schemes w8a8 w4a8 --prefill    # prompts of 1024 tokens instead of decode steps
 
 The counter is NVML's nvmlDeviceGetTotalEnergyConsumption: millijoules of the whole board, memory and losses included,
 since the driver was loaded. It is read when the GPU is idle and waited for: around at least 10 s of steps, each a
 replay of one CUDA graph, and around some seconds of doing nothing. Two figures follow: joules per token, and joules per
-token above what the board would have taken idling for as long. The host is not in it. A loop that is faster than memory
-can be read is refused. Results go to benchmarks/results/<gpu>/<date>-energy.json.
+token above what the board would have taken idling for as long. The host is not in it. A loop that is faster than the
+machine can be is refused. Results go to benchmarks/results/<gpu>/<date>-energy.json, or -energy-prefill.json.
 
 Without a GPU the loop is only checked. Without the package nvidia-ml-py, or on a GPU that does not count, the benchmark
 says so and is skipped.
@@ -28,9 +29,10 @@ from typing import Any
 import torch
 
 from benchmarks import harness, model
-from benchmarks.decode import Decoder, Variant, build
+from benchmarks.decode import Decoder, Phase, Variant, build
 from benchmarks.floors import Ceilings
 from benchmarks.harness import Record
+from benchmarks.products import Work
 from qkernels import tables
 
 Counter = Callable[[], int]  # millijoules so far
@@ -149,12 +151,12 @@ def nvml_counter() -> Counter:
     return lambda: int(read())
 
 
-def figures(variant: Variant, energy: Energy, batch: int, moved_bytes: int, ceilings: Ceilings) -> Record:
-    """What is recorded of a variant whose step moves so many bytes for `batch` tokens.
+def figures(variant: Variant, energy: Energy, tokens: int, work: Work, ceilings: Ceilings) -> Record:
+    """What is recorded of a variant whose step has so much to do for so many tokens.
 
     With it come `eta`, the floor of such a step over its time, or `contaminated`, why all figures are refused.
     """
-    step_us = energy.seconds / energy.tokens * batch * 1e6
+    step_us = energy.seconds / energy.tokens * tokens * 1e6
     return {
         "name": variant.name,
         **dataclasses.asdict(variant),
@@ -162,7 +164,7 @@ def figures(variant: Variant, energy: Energy, batch: int, moved_bytes: int, ceil
         "watts": energy.watts,
         "joules_per_token": energy.joules_per_token,
         "joules_per_token_above_idle": energy.joules_per_token_above_idle,
-        **harness.against_floor(step_us, moved_bytes, 0, ceilings),
+        **harness.against_floor(step_us, work, ceilings),
     }
 
 
@@ -170,13 +172,23 @@ def result_table(record: Record) -> str:
     """The variants of a result file."""
     rows = [
         (
-            v["name"], f"{v['joules_per_token']:.3f}", f"{v['joules_per_token_above_idle']:.3f}", f"{v['watts']:.0f}",
+            v["name"], joules(v["joules_per_token"]), joules(v["joules_per_token_above_idle"]), f"{v['watts']:.0f}",
             f"{v['tokens'] / v['seconds']:.0f}", f"{v['seconds']:.1f}", f"{v['eta']:.0%}" if "eta" in v else "refused",
         )
         for v in record["variants"]
     ]  # fmt: skip
     columns = ("weights", "J/token", "above idle", "watts", "tokens/s", "seconds", "floor / time")
-    return tables.text(f"{model.setting(record)}, which idles at {record['idle_watts']:.0f} W", columns, rows)
+    title = f"{model.setting(record)}, which idles at {record['idle_watts']:.0f} W: {record['phase']}"
+    return tables.text(title, columns, rows)
+
+
+def joules(value: float) -> str:
+    """A token of a prompt takes a thousandth of what a decoded one does.
+
+    >>> joules(4.6875), joules(0.0123456)
+    ('4.688', '0.01235')
+    """
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.4g}"
 
 
 def run(
@@ -188,6 +200,7 @@ def run(
     seconds: float,
     device: str = "cuda",
     now: Callable[[], float] = time.monotonic,
+    phase: type[Phase] = Decoder,
 ) -> Record:
     """Measure variants one by one, each alone in memory, and write the record after each; returns it.
 
@@ -196,12 +209,12 @@ def run(
     context, batch, ceilings = record["context"], record["batch"], Ceilings(**record["ceilings"])
 
     def measured(variant: Variant) -> Record:
-        decoder = Decoder(build(size, variant, device, torch.bfloat16, context), context, batch)
+        loop = phase(build(size, variant, device, torch.bfloat16, context), context, batch)
         steps = 64 if device == "cuda" else 1
-        loop = _steps(decoder.runner(), steps)
-        energy = measure(loop, steps * batch, counter, record["idle_watts"], seconds, now)
-        found = figures(variant, energy, batch, decoder.moved_bytes, ceilings)
-        del decoder, loop
+        repeated = _steps(loop.runner(), steps)
+        energy = measure(repeated, steps * loop.tokens, counter, record["idle_watts"], seconds, now)
+        found = figures(variant, energy, loop.tokens, loop.work, ceilings)
+        del loop, repeated
         gc.collect()
         torch.cuda.empty_cache()
         return found
@@ -224,7 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
         counter = nvml_counter()
         torch.cuda.synchronize()
         record["idle_watts"] = idle_watts(counter, options.idle_seconds)
-        record = run(record, path, model.SIZE, model.variants_of(options.schemes), counter, options.seconds)
+        variants, phase = model.variants_of(options.schemes), model.phase_of(options)
+        record = run(record, path, model.SIZE, variants, counter, options.seconds, phase=phase)
     except UnavailableError as reason:
         print(f"energy: skipped: {reason}")
         return 0

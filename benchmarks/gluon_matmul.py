@@ -51,8 +51,9 @@ from benchmarks.compile_only import SHARED_MEMORY_BYTES, Launch, compile_only
 from qkernels import ops, tables, tune
 from qkernels.checks import check_activation, check_weight
 from qkernels.scheme import Scheme
-from qkernels.tune import Operands, Problem
+from qkernels.tune import Operands
 from qkernels.tuning import choose, timing
+from qkernels.tuning.candidates import Config, Problem
 from qkernels.tuning.configs import MatmulConfig
 
 SCHEME = str(Scheme.parse("w4g128-bf16"))
@@ -300,7 +301,7 @@ def measure(problem: Problem, variants: Sequence[str], ceilings: floors.Ceilings
     calls: dict[str, list[timing.Call]] = {
         name: [functools.partial(product, each, VARIANTS[name]) for each in sets] for name in variants
     }
-    configs: dict[str, tune.Config] = {"fused": FUSED, "dequantize": choose.dense(N, K, torch.bfloat16)}
+    configs: dict[str, Config] = {"fused": FUSED, "dequantize": choose.dense(N, K, torch.bfloat16)}
     for name, config in configs.items():
         calls[name] = [functools.partial(tune.product, each, problem, config) for each in sets]
     dense = [ops.dequantize(s.packed, s.scale, s.zero, SCHEME, K, torch.bfloat16) for s in sets]

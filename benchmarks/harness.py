@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks import floors, providers
+from benchmarks import floors, products, providers
 from benchmarks.floors import Ceilings
-from benchmarks.providers import Prepared, Problem, Provider
+from benchmarks.products import Prepared, Problem, Provider, Work
 from qkernels.files import replacing
 from qkernels.scheme import Scheme
 from qkernels.tuning import problems, timing
@@ -111,7 +111,7 @@ def commit() -> str:
 
 
 def ceilings() -> Ceilings:
-    """Measured on the current device, in a second or two."""
+    """Measured on the current device, in a second or two; but the rate of int8, which is the datasheet's."""
     size = min(2**31, int(torch.cuda.mem_get_info()[0] * 0.2))
     return Ceilings(
         device=torch.cuda.get_device_name(),
@@ -119,6 +119,7 @@ def ceilings() -> Ceilings:
         matmul=timing.matmul_rate(),
         source="measured",
         read=timing.read_bandwidth(size),
+        int8=floors.int8_rate(torch.cuda.get_device_name()),
     )
 
 
@@ -181,13 +182,17 @@ def most_informative_first(
     their lists, and stage 1 all other tokens. Within a stage, problems with the same weight follow each other.
 
     Raises:
-        ValueError: a model is not in problems.MODELS, or a scheme is none; it is named.
+        ValueError: a model is not in problems.MODELS, or a scheme is none or has static activations; it is named.
     """
     for model in models:
         if model not in problems.MODELS:
             raise ValueError(f"model {model!r} is not known; models: {', '.join(problems.MODELS)}")
     found = []
     texts = [str(Scheme.parse(scheme)) for scheme in schemes]
+    for text in texts:
+        activations = Scheme.parse(text).activations
+        if activations is not None and activations.static:
+            raise ValueError(f"scheme {text!r} has static activations, which need calibration: not compared")
     for model_place, model in enumerate(models):
         for scheme_place, scheme in enumerate(texts):
             for layer in problems.MODELS[model]:
@@ -262,12 +267,12 @@ def measure(
     """Check, then time a problem with every provider: cold, warm and eager.
 
     A provider that does not support it, fails or is wrong has an entry that says so, under `skipped`, `failed` or
-    `wrong`, and no times.
+    `wrong`, and no times. What a CUDA graph cannot hold has an eager time alone.
     """
     entries: dict[str, Record] = {}
     calls: dict[str, list[timing.Call]] = {}
     by_name = {provider.name: provider for provider in chosen}
-    x = providers.activations(problem, DEVICE)
+    x = products.activations(problem, DEVICE)
     for name, provider in by_name.items():
         if (reason := provider.supports(problem)) is not None:
             entries[name] = {"skipped": reason}
@@ -282,20 +287,21 @@ def measure(
         else:
             sets.drop(provider)
     few = max(5, replays // 3)
+    captured = {name: ready for name, ready in calls.items() if by_name[name].captured}
     try:
         timings = {
-            "cold": timing.cold(calls, replays),
-            "warm": timing.warm({name: ready[0] for name, ready in calls.items()}, few),
+            "cold": timing.cold(captured, replays),
+            "warm": timing.warm({name: ready[0] for name, ready in captured.items()}, few),
             "eager": timing.eager(calls, few),
         }
     except torch.cuda.OutOfMemoryError as error:  # each fits alone, all graphs together do not: go on with the others
         failed = {"failed": f"with all providers at once: {type(error).__name__}: {error}"[:500]}
         return {**dataclasses.asdict(problem), "providers": entries | dict.fromkeys(calls, failed)}
     for name in calls:
-        entries[name] |= {kind: dataclasses.asdict(found[name]) for kind, found in timings.items()}
-        moved, operations = entries[name]["moved_bytes"], 2 * problem.M * problem.N * problem.K
-        scaled = dataclasses.replace(found_ceilings, matmul=found_ceilings.matmul * by_name[name].rate)
-        entries[name] |= against_floor(timings["cold"][name].median_us, moved, operations, scaled)
+        entries[name] |= {kind: dataclasses.asdict(found[name]) for kind, found in timings.items() if name in found}
+        if name in captured:
+            work = by_name[name].work(problem, entries[name]["weight_bytes"])
+            entries[name] |= against_floor(timings["cold"][name].median_us, work, found_ceilings)
     add_speed_ups(entries)
     return {**dataclasses.asdict(problem), "providers": entries}
 
@@ -303,22 +309,27 @@ def measure(
 def _ready(provider: Provider, problem: Problem, x: torch.Tensor, sets: WeightSets) -> tuple[Record, list[timing.Call]]:
     """A provider's entry, and its calls, one for each weight set with activations of its own; none if it is wrong."""
     (prepared,) = sets.get(provider, problem, 1)
-    if (reason := providers.check(provider, prepared, x)) is not None:
+    if (reason := products.check(prepared, x)) is not None:
         return {"wrong": reason}, []
-    moved = prepared.nbytes + 2 * problem.M * (problem.K + problem.N)
+    # What a set takes, whichever part of it a call uses: a part of a product finds the rest as the product would.
+    held = prepared.nbytes + 2 * problem.M * (problem.K + problem.N)
     memory_bytes = int(torch.cuda.mem_get_info()[1] * _MEMORY_SHARE)
-    count = timing.weight_sets(moved, timing.l2_bytes(), memory_bytes)
+    count = timing.weight_sets(held, timing.l2_bytes(), memory_bytes)
     calls: list[timing.Call] = [
         functools.partial(each.call, each.enter(x.clone())) for each in sets.get(provider, problem, count)
     ]
     timing.warm_up(calls)
-    timing.capture(calls)  # here, so that one that cannot be captured is found alone
+    if provider.captured:
+        timing.capture(calls)  # here, so that one that cannot be captured is found alone
+    moved = provider.work(problem, prepared.nbytes).moved_bytes
     return {"what": provider.what, "weight_bytes": prepared.nbytes, "moved_bytes": moved}, calls
 
 
-def against_floor(cold_us: float, moved_bytes: int, operations: int, measured: Ceilings) -> Record:
-    """{"floor_us": of moving these bytes and carrying out these operations}, and what `judge` says of a time."""
-    floor_us, limit_us = (floors.bound_us(moved_bytes, operations, each) for each in (measured, measured.fastest))
+def against_floor(cold_us: float, work: Work, measured: Ceilings) -> Record:
+    """{"floor_us": of so much work}, and what `judge` says of a time."""
+    arithmetic = work.operations, work.int8_operations
+    floor_us = floors.bound_us(work.moved_bytes, arithmetic[0], measured, arithmetic[1])
+    limit_us = floors.bound_us(work.moved_bytes - work.cached_bytes, arithmetic[0], measured.fastest, arithmetic[1])
     return {"floor_us": floor_us, **judge(cold_us, floor_us, limit_us)}
 
 

@@ -2,17 +2,19 @@
 
     python -m benchmarks.model                                   # bfloat16, w4g128, and w4g128 with merged siblings
     python -m benchmarks.model --schemes w4g128 w8g128 --context 4096 --batch 8
+    python -m benchmarks.model --schemes w8a8 w4a8 --prefill     # prompts of 1024 tokens instead of decode steps
     python -m benchmarks.model --tiny                            # only the check, on a CPU too
 
 Weights are random; lm_head stays bfloat16. Every step reads all weights and the whole cache: these bytes over the
 bandwidth of a copy, measured in the same process, are the floor, and a step that is faster than memory can be read is
-refused. Variants take turns in a random order. Then the times of single layers, each with cold weights, are added up
-over the layers of Llama-3-8B and 70B: what a step spends in products of its Linears, without attention, norms and
-lm_head. Results go to benchmarks/results/<gpu>/<date>-model.json.
+refused. The floor of a prompt is that of its products (floors.py says at which rates). Variants take turns in a random
+order. Then the times of single layers, each with cold weights, are added up over the layers of Llama-3-8B and 70B: what
+a step spends in products of its Linears, without attention, norms and lm_head. Results go to
+benchmarks/results/<gpu>/<date>-model.json, or -model-prefill.json.
 
 Before that, and alone where there is no GPU, the loop is checked on a tiny model: the quantized one must agree with one
-whose Linears hold the dequantized weights, a merged one with one that is not, and a step with a forward pass over the
-whole sequence without a cache.
+whose Linears hold the dequantized weights (and round their inputs, where codes meet codes), a merged one with one that
+is not, and a step with a forward pass over the whole sequence without a cache.
 """
 
 from __future__ import annotations
@@ -26,22 +28,24 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
-from benchmarks import floors, harness
-from benchmarks.decode import Decoder, Variant, build, dense_twin, random_weight
+from benchmarks import floors, harness, totals
+from benchmarks.decode import Decoder, Phase, Prefill, Variant, build, dense_twin
 from benchmarks.floors import Ceilings
 from benchmarks.harness import Record
-from qkernels import QTensor, Scheme, ops, tables
-from qkernels.tuning import problems, timing
-from qkernels.tuning.problems import Layer
+from benchmarks.products import Work
+from qkernels import Scheme, tables
 
 SIZE = "Llama-3-8B"  # what is decoded
 TOTALS = ("Llama-3-8B", "Llama-3-70B")  # of these the layers' times are added up
 # Logits of the tiny model are about 1; products of length 256 to 384 in float32 differ by their order of additions.
 _CHECK_TOLERANCE = 1e-4
+# Sequences of the check. Where inputs are rounded to codes, one that lies between two of them may become the other by
+# another order of additions, and move the logits of its sequence by as much as rounding does: so of many sequences the
+# one in the middle counts. What is wrong is so in all of them.
+_SEQUENCES, _ROUNDED_SEQUENCES = 2, 9
 
 
 # ---- the check ----
@@ -55,7 +59,9 @@ def check(schemes: Sequence[str], device: str) -> Record:
     """
     found: Record = {}
     for scheme in schemes:
-        context, batch = 16, 2
+        rounds = floors.is_int8(Scheme.parse(scheme))
+        context, batch = 16, _ROUNDED_SEQUENCES if rounds else _SEQUENCES
+        differ = functools.partial(_difference, middle=rounds)
         make = functools.partial(build, "tiny", device=device, dtype=torch.float32, context=context)
         quantized, merged = make(variant=Variant(scheme)), make(variant=Variant(scheme, merged=True))
         twin = dense_twin(quantized, context)
@@ -65,9 +71,9 @@ def check(schemes: Sequence[str], device: str) -> Record:
         with torch.no_grad():
             whole = twin(sequence, use_cache=False, logits_to_keep=1).logits[:, -1]
         found[scheme] = {
-            "dense": _difference(logits, Decoder(twin, context, batch).step()),
-            "merged": _difference(logits, Decoder(merged, context, batch).step()),
-            "without cache": _difference(logits, whole),
+            "dense": differ(logits, Decoder(twin, context, batch).step()),
+            "merged": differ(logits, Decoder(merged, context, batch).step()),
+            "without cache": differ(logits, whole),
         }
         allowed = {"dense": _CHECK_TOLERANCE, "without cache": _CHECK_TOLERANCE}
         allowed["merged"] = 0.0 if device == "cpu" else _CHECK_TOLERANCE
@@ -77,8 +83,10 @@ def check(schemes: Sequence[str], device: str) -> Record:
     return found
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
+def _difference(a: torch.Tensor, b: torch.Tensor, middle: bool) -> float:
+    """Largest of logits (batch, vocabulary); of the sequence in the middle, or of all."""
+    largest = (a - b).abs().amax(dim=1)
+    return (largest.median() if middle else largest.max()).item()
 
 
 # ---- the loop ----
@@ -96,11 +104,18 @@ def seconds_per_call(call: Callable[[], object], calls: int) -> float:
 
 
 def figures(
-    variant: Variant, seconds: Sequence[float], batch: int, weight_bytes: int, cache_bytes: int, ceilings: Ceilings
+    variant: Variant,
+    seconds: Sequence[float],
+    tokens: int,
+    weight_bytes: int,
+    cache_bytes: int,
+    ceilings: Ceilings,
+    work: Work | None = None,
 ) -> Record:
-    """What is recorded of a variant, from the seconds of its steps in several rounds.
+    """What is recorded of a variant, from the seconds of its steps, of so many tokens, in several rounds.
 
-    Its floor is that of memory alone; with it come `eta`, floor / time, or `contaminated`, why the time is refused.
+    With the floor of its work, by default to read these bytes, come `eta`, floor / time, or `contaminated`, why the
+    time is refused.
     """
     step = statistics.median(seconds)
     return {
@@ -109,10 +124,10 @@ def figures(
         "step_ms": step * 1e3,
         "step_ms_lowest": min(seconds) * 1e3,
         "step_ms_highest": max(seconds) * 1e3,
-        "tokens_per_s": batch / step,
+        "tokens_per_s": tokens / step,
         "weight_bytes": weight_bytes,
         "cache_bytes": cache_bytes,
-        **harness.against_floor(step * 1e6, weight_bytes + cache_bytes, 0, ceilings),
+        **harness.against_floor(step * 1e6, work or Work(weight_bytes + cache_bytes, 0), ceilings),
     }
 
 
@@ -151,33 +166,34 @@ def measure(
     ceilings: Ceilings,
     device: str = "cuda",
     seconds_per_call: Callable[[Callable[[], object], int], float] = seconds_per_call,
+    phase: type[Phase] = Decoder,
 ) -> list[Record]:
-    """A record of each variant, decoding on a device; one that does not fit has a `skipped` instead."""
-    decoders: dict[Variant, Decoder] = {}
+    """A record of each variant, in a phase on a device; one that does not fit has a `skipped` instead."""
+    loops: dict[Variant, Phase] = {}
     runners: dict[str, Callable[[], object]] = {}
     skipped: list[Record] = []
     for variant in variants:
-        made = _decoder(size, variant, context, batch, device)
+        made = _loop(size, variant, context, batch, device, phase)
         if isinstance(made, str):
             skipped.append({"name": variant.name, **dataclasses.asdict(variant), "skipped": made})
         else:
-            decoders[variant], runners[variant.name] = made
+            loops[variant], runners[variant.name] = made
     seconds = take_turns(runners, rounds, steps, seconds_per_call)
     found = [
-        figures(variant, seconds[variant.name], batch, decoder.weight_bytes, decoder.cache_bytes, ceilings)
-        for variant, decoder in decoders.items()
+        figures(variant, seconds[variant.name], loop.tokens, loop.weight_bytes, loop.cache_bytes, ceilings, loop.work)
+        for variant, loop in loops.items()
     ]
     add_speed_ups(found)
     return found + skipped
 
 
-def _decoder(
-    size: str, variant: Variant, context: int, batch: int, device: str
-) -> tuple[Decoder, Callable[[], object]] | str:
-    """A decoder with what runs a step of it; or why there is none."""
+def _loop(
+    size: str, variant: Variant, context: int, batch: int, device: str, phase: type[Phase]
+) -> tuple[Phase, Callable[[], object]] | str:
+    """What a phase repeats, with what runs a step of it; or why there is none."""
     try:
-        decoder = Decoder(build(size, variant, device, torch.bfloat16, context), context, batch)
-        return decoder, decoder.runner()
+        loop = phase(build(size, variant, device, torch.bfloat16, context), context, batch)
+        return loop, loop.runner()
     except torch.cuda.OutOfMemoryError as error:
         reason = f"does not fit: {str(error).splitlines()[0]}"
     gc.collect()
@@ -198,7 +214,7 @@ def result_table(record: Record) -> str:
     ]  # fmt: skip
     columns = ("weights", "ms per step", "tokens/s", "floor ms", "floor / time", "speed-up", "weights read")
     notes = [f"skipped: {v['name']}: {v['skipped']}" for v in record["variants"] if "skipped" in v]
-    return "\n".join([tables.text(f"{setting(record)}: decoding", columns, rows), *notes])
+    return "\n".join([tables.text(f"{setting(record)}: {record['phase']}", columns, rows), *notes])
 
 
 def setting(record: Record) -> str:
@@ -215,84 +231,6 @@ def refused(record: Record) -> list[str]:
     return [f"{name}: contaminated: {e['contaminated']}" for name, e in entries.items() if "contaminated" in e]
 
 
-# ---- sums over layers ----
-
-
-def layer_totals(
-    model: str, schemes: Sequence[str | None], tokens: int, ceilings: Ceilings, device: str = "cuda"
-) -> list[Record]:
-    """For each scheme, None for dense, times of a model's layers on the current GPU, cold; and what a token takes.
-
-    A layer is timed with all schemes at once, so that they take turns. `total_us` is left out where a layer's time is
-    refused.
-    """
-    layers = problems.MODELS[model]
-    found: dict[str | None, dict[str, Record]] = {scheme: {} for scheme in schemes}
-    for layer in layers:
-        calls = {scheme or "dense": layer_calls(layer, scheme, tokens, device) for scheme in schemes}
-        timings = timing.cold(calls)
-        for scheme in schemes:
-            cold = timings[scheme or "dense"]
-            moved = floors.traffic_bytes(tokens, layer.N, layer.K, _parsed(scheme))
-            judged = harness.against_floor(cold.median_us, moved, 2 * tokens * layer.weights, ceilings)
-            found[scheme][layer.name] = {"cold": dataclasses.asdict(cold), **judged}
-    return [{"model": model, "scheme": scheme, **total(found[scheme], layers)} for scheme in schemes]
-
-
-def total(entries: Mapping[str, Record], layers: Sequence[Layer]) -> Record:
-    """Entries of layers under `layers`, and what a token spends in all of them: `floor_us`, `total_us` if honest."""
-    found: Record = {
-        "layers": dict(entries),
-        "floor_us": sum(layer.count * entries[layer.name]["floor_us"] for layer in layers),
-    }
-    if all("eta" in entry for entry in entries.values()):
-        found["total_us"] = sum(layer.count * entries[layer.name]["cold"]["median_us"] for layer in layers)
-    return found
-
-
-def layer_calls(layer: Layer, scheme: str | None, tokens: int, device: str) -> list[timing.Call]:
-    """Products with a layer's shape in bfloat16, with so many different weights that none is found in L2."""
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(tokens, layer.K, dtype=torch.bfloat16, device=device, generator=generator)
-    weight_bytes = floors.weight_bytes(layer.N, layer.K, _parsed(scheme))
-    calls: list[timing.Call] = []
-    for _ in range(timing.weight_sets(weight_bytes, timing.l2_bytes())):
-        if scheme is None:
-            w = torch.randn(layer.N, layer.K, dtype=torch.bfloat16, device=device, generator=generator)
-            calls.append(functools.partial(torch.nn.functional.linear, x.clone(), w))
-        else:
-            q = random_weight(layer.N, layer.K, scheme, generator)
-            calls.append(functools.partial(ops.matmul, x.clone(), *_arguments(q)))
-    return calls
-
-
-def _parsed(scheme: str | None) -> Scheme | None:
-    return None if scheme is None else Scheme.parse(scheme)
-
-
-def _arguments(q: QTensor) -> tuple[Any, ...]:
-    return q.packed, q.scale, q.zero, None, str(q.scheme), q.in_features
-
-
-def totals_table(record: Record) -> str:
-    """Sums over layers, of a result file."""
-    dense = {t["model"]: t["total_us"] for t in record["totals"] if t["scheme"] is None and "total_us" in t}
-    rows = [
-        (
-            t["model"],
-            t["scheme"] or "dense",
-            *(f"{e['cold']['median_us']:.1f}{'!' if 'contaminated' in e else ''}" for e in t["layers"].values()),
-            f"{t['total_us'] / 1e3:.2f}" if "total_us" in t else "refused",
-            f"{t['floor_us'] / t['total_us']:.0%}" if "total_us" in t else "",
-            f"{dense[t['model']] / t['total_us']:.2f}" if "total_us" in t and t["model"] in dense else "",
-        )
-        for t in record["totals"]
-    ]
-    names = (f"{name} us" for name in record["totals"][0]["layers"])
-    columns = ("model", "weights", *names, "all ms", "floor / time", "speed-up")
-    return tables.text(f"Linears alone, {record['batch']} tokens", columns, rows, text_columns=2)
-
-
 # ---- command ----
 
 
@@ -306,6 +244,7 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--schemes", nargs="+", default=["w4g128"], metavar="SCHEME", type=_scheme)
     parser.add_argument("--context", type=_at_least(2), default=1024, help="tokens that a step attends to")
     parser.add_argument("--batch", type=_at_least(1), default=1, help="sequences")
+    parser.add_argument("--prefill", action="store_true", help="prompts of so many tokens in one pass, not steps")
     parser.add_argument("--tiny", action="store_true", help="only check the loop, on a tiny model")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the result files; benchmarks/results")
     parser.add_argument("--commit", help="of the code, where this is not a git checkout")
@@ -313,7 +252,15 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def _scheme(text: str) -> str:
-    return str(Scheme.parse(text))
+    parsed = Scheme.parse(text)
+    if parsed.activations is not None and parsed.activations.static:
+        raise argparse.ArgumentTypeError(f"{text} has static activations, which need calibration")
+    return str(parsed)
+
+
+def phase_of(options: argparse.Namespace) -> type[Phase]:
+    """What is repeated: steps, or prompts."""
+    return Prefill if options.prefill else Decoder
 
 
 def _at_least(smallest: int) -> Callable[[str], int]:
@@ -343,12 +290,14 @@ def checked(options: argparse.Namespace, kind: str) -> tuple[Record, pathlib.Pat
     if not on_gpu:
         print("There is no GPU here: nothing is timed, only the loop was checked.")
     measured = on_gpu and not options.tiny
+    kind = f"{kind}-prefill" if options.prefill else kind
     suite = kind if measured else f"{kind}-check"
     record = harness.header(kind, suite, harness.machine(options.commit), harness.ceilings() if measured else None)
     record["check"] = found
     path = harness.result_path(options.out or harness.RESULTS, record["machine"]["device"], record["date"], suite)
     if measured:
-        return record | {"model": SIZE, "context": options.context, "batch": options.batch}, path
+        setting = {"model": SIZE, "context": options.context, "batch": options.batch}
+        return record | setting | {"phase": phase_of(options).phase}, path
     if options.out is not None:
         harness.write(path, record)
     return record, None
@@ -372,19 +321,20 @@ def main(arguments: list[str] | None = None) -> int:
         harness.write(path, record | {"seconds": round(time.monotonic() - start, 1)})
 
     record["variants"] = measure(
-        SIZE, variants, options.context, options.batch, options.rounds, options.steps, ceilings
+        SIZE, variants, options.context, options.batch, options.rounds, options.steps, ceilings, phase=phase_of(options)
     )  # fmt: skip
     write()
     print(result_table(record), flush=True)
     gc.collect()
     torch.cuda.empty_cache()
     if not options.no_totals:
-        record["totals"] = []
+        tokens = options.batch * (options.context if options.prefill else 1)
+        record |= {"totals": [], "tokens": tokens}
         for model in TOTALS:
             with torch.no_grad():
-                record["totals"] += layer_totals(model, (None, *options.schemes), options.batch, ceilings)
+                record["totals"] += totals.layer_totals(model, (None, *options.schemes), tokens, ceilings)
             write()
-        print("\n" + totals_table(record))
+        print("\n" + totals.totals_table(record))
     record["finished"] = True
     write()
     bad = refused(record)

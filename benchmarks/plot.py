@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import harness, providers
+from benchmarks import energy, harness, providers
 from benchmarks.accuracy import LOSSLESS
 from benchmarks.subjects import SUBJECTS
 
@@ -27,10 +27,20 @@ COLORS = {
     "qkernels": "#1f6fb2",
     "qkernels-dequantize": "#7fb2d9",
     "tinygemm": "#c8452c",
-    "int8": "#b0a030",
     "gemlite": "#4a8f4a",
     "bitsandbytes": "#8a5aa5",
     "torchao": "#d98a3d",
+    "int_mm": "#b0a030",
+    "qkernels-codes": "#123f66",
+    "qkernels-quantize": "#5fb0a0",
+    "qkernels-a16": "#7fb2d9",
+    "int_mm-dynamic": "#c8452c",
+    "int_mm-compiled": "#7a1f12",
+    "torchao-int8": "#f0b98a",
+    "torchao-compiled": "#d98a3d",
+    "gemlite-int8": "#4a8f4a",
+    "llm.int8": "#8a5aa5",
+    "llm.int8-6": "#c3a5d6",
 }
 # figure -> (key of an entry, label of the axis, whether the axis is logarithmic)
 FIGURES = {
@@ -102,7 +112,7 @@ def _draw(path: pathlib.Path, title: str, found: Lines, label: str, logarithmic:
         for name, points in by_name.items():
             (handles[name],) = axes.plot(
                 *zip(*points, strict=True), marker="o", markersize=3, linewidth=1.3,
-                color=COLORS[name], linestyle="--" if providers.PROVIDERS[name].rate != 1 else "-",
+                color=COLORS[name], linestyle="--" if providers.PROVIDERS[name].other else "-",
             )  # fmt: skip
         axes.set_title(layer, loc="left", fontsize=10)
         axes.set_xscale("log", base=2)
@@ -122,7 +132,7 @@ def _draw(path: pathlib.Path, title: str, found: Lines, label: str, logarithmic:
     for axes in panels[-1]:
         axes.set_xlabel("tokens M", fontsize=9)
     figure.supylabel(label, fontsize=9)
-    labels = [f"{name} (another function)" if providers.PROVIDERS[name].rate != 1 else name for name in handles]
+    labels = [f"{name} (another function)" if providers.PROVIDERS[name].other else name for name in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Software": None})  # the same picture is the same file
 
@@ -150,7 +160,7 @@ def draw_energy(record: harness.Record, path: pathlib.Path) -> Iterator[pathlib.
     colors = [BASELINE_COLOR if name in dense else OUR_COLOR for name in names]
     axes.barh(names, above, height=0.6, color=colors)
     rest = axes.barh(names, idle, left=above, height=0.6, color=IDLE_COLOR, label="what the board takes idling")
-    axes.bar_label(rest, [f"{sum(pair):.3f}" for pair in found.values()], padding=4, fontsize=8)
+    axes.bar_label(rest, [energy.joules(sum(pair)) for pair in found.values()], padding=4, fontsize=8)
     axes.invert_yaxis()  # the first on top
     axes.margins(x=0.12)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -158,8 +168,8 @@ def draw_energy(record: harness.Record, path: pathlib.Path) -> Iterator[pathlib.
     axes.set_xlabel("joules per token, whole board", fontsize=9)
     machine = record["machine"]
     figure.suptitle(
-        f"{record['model']}, context {record['context']}, batch {record['batch']}: {machine['device']}, "
-        f"{record['date']}, torch {machine['torch']}", x=0.01, ha="left", fontsize=9,
+        f"{record['model']}, {record['phase']}, context {record['context']}, batch {record['batch']}: "
+        f"{machine['device']}, {record['date']}, torch {machine['torch']}", x=0.01, ha="left", fontsize=9,
     )  # fmt: skip
     figure.legend(handles=[rest], loc="outside lower right", frameon=False, fontsize=8)
     picture = path.with_name(f"{path.stem}-joules.png")
@@ -211,7 +221,15 @@ def draw_accuracy(record: harness.Record, path: pathlib.Path) -> Iterator[pathli
     yield picture
 
 
-DRAWERS = {"matmul": draw, "energy": draw_energy, "accuracy": draw_accuracy}  # kind of a result file -> what draws it
+# kind of a result file -> what draws it
+DRAWERS = {
+    "matmul": draw,
+    "energy": draw_energy,
+    "accuracy": draw_accuracy,
+    "matmul-w8a8": draw,
+    "matmul-w4a8": draw,
+    "energy-prefill": draw_energy,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -230,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     for path in files:
         record = json.loads(path.read_text())
         if not isinstance(record, dict) or record.get("kind") not in DRAWERS:
-            parser.error(f"{path} is no result file of {' or '.join(f'benchmarks.{kind}' for kind in DRAWERS)}")
+            names = dict.fromkeys(f"benchmarks.{kind.split('-')[0]}" for kind in DRAWERS)
+            parser.error(f"{path} is no result file of {' or '.join(names)}")
         for picture in DRAWERS[record["kind"]](record, path):
             print(picture)
             drawn += 1

@@ -53,9 +53,10 @@ _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W",
 # The caching allocator would hide accesses past the end of a tensor; a fresh process compiles before it is watched.
 _WATCHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 # What proves kernels needs torch, numpy and pytest; what uses them, transformers and matplotlib too.
-_KERNEL_TESTS = ("gpu", "kernels", "rounding", "tune")
-_LAYER_TESTS = ("merge", "gpu_models", "benchmarks", "model_benchmark")
-_SMALL = ("tests/test_kernels.py", "-k", "is_exact or one_hot or memory_around")
+_KERNEL_TESTS = ("gpu", "kernels", "kernels_int8", "rounding", "tune")
+_LAYER_TESTS = ("merge", "gpu_models", "benchmarks", "benchmarks_int8", "model_benchmark")
+_EXACT = "is_exact or codes_are_exact or one_hot or around"
+_SMALL = ("tests/test_kernels.py", "tests/test_kernels_int8.py", "-k", _EXACT)
 
 
 def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
@@ -71,35 +72,52 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
     def sanitizer(tool: str) -> tuple[str, ...]:
         return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_PYTEST, "-x", *_SMALL)
 
+    def decoder(name: str, *arguments: object) -> tuple[str, ...]:
+        schemes = ("w4g128", "w8a8", "w4a8")
+        return module(f"benchmarks.{name}", "--schemes", *schemes, *arguments, "--out", out / "results")
+
     table = out / "tuning" / f"{device.slug}.json"
     tuned = (("QKERNELS_CACHE", str(out)),)  # where tables.user_path looks for it
+
+    def suite(name: str, weight: float) -> Stage:
+        command = module(
+            "benchmarks.matmul", "--suite", name, "--seconds", share(weight), "--out", out / "results"
+        )  # fmt: skip
+        return Stage(name, command, weight, environment=tuned)
+
+    def tune(name: str, weight: float, *schemes: str) -> Stage:
+        command = module(
+            "qkernels.cli", "tune", "--schemes", *schemes, "--minutes", share(weight - 0.01) / 60, "--out", table
+        )  # fmt: skip
+        return Stage(name, command, weight, environment=tuned)
+
     return [
-        Stage("exact", (*_PYTEST, "tests/test_gpu.py", "-k", "exact or equal"), 0.06, proof=True),
+        Stage("exact", (*_PYTEST, "tests/test_gpu.py", "-k", "exact or equal"), 0.05, proof=True),
         Stage(
-            "stress", module("benchmarks.stress", "--seconds", share(0.05), "--out", out / "stress.json"), 0.06,
+            "stress", module("benchmarks.stress", "--seconds", share(0.04), "--out", out / "stress.json"), 0.05,
             proof=True,
         ),
         Stage("tests", (*_PYTEST, *(f"tests/test_{name}.py" for name in _KERNEL_TESTS)), 0.1, proof=True),
-        Stage("quick", module("benchmarks.matmul", "--suite", "quick", "--out", out / "results"), 0.05),
-        Stage(
-            "tune", module("qkernels.cli", "tune", "--minutes", share(0.2) / 60, "--out", table), 0.21,
-            environment=tuned,
-        ),
-        Stage("memcheck", sanitizer("memcheck"), 0.05, environment=_WATCHED),
-        Stage("racecheck", sanitizer("racecheck"), 0.05, environment=_WATCHED),
-        Stage(
-            "full", module("benchmarks.matmul", "--suite", "full", "--seconds", share(0.2), "--out", out / "results"),
-            0.2, environment=tuned,
-        ),
-        Stage("layers", (*_PYTEST, "-m", "gpu", *(f"tests/test_{name}.py" for name in _LAYER_TESTS)), 0.04),
-        Stage("quantize", module("benchmarks.quantize", "--out", out / "results"), 0.04),
-        Stage("model", module("benchmarks.model", "--out", out / "results"), 0.08, environment=tuned),
-        Stage("energy", module("benchmarks.energy", "--out", out / "results"), 0.05, environment=tuned),
+        Stage("quick", module("benchmarks.matmul", "--suite", "quick", "--out", out / "results"), 0.04),
+        tune("tune", 0.11, "w4g128"),
+        tune("tune-int8", 0.12, "w8a8", "w4a8"),
+        suite("w8a8", 0.07),
+        suite("w4a8", 0.05),
+        Stage("memcheck", sanitizer("memcheck"), 0.04, environment=_WATCHED),
+        Stage("racecheck", sanitizer("racecheck"), 0.04, environment=_WATCHED),
+        suite("full", 0.1),
+        Stage("layers", (*_PYTEST, "-m", "gpu", *(f"tests/test_{name}.py" for name in _LAYER_TESTS)), 0.03),
+        Stage("quantize", module("benchmarks.quantize", "--out", out / "results"), 0.02),
+        Stage("activations", module("benchmarks.activations", "--out", out / "results"), 0.02),
+        Stage("model", decoder("model"), 0.07, environment=tuned),
+        Stage("prefill", decoder("model", "--prefill", "--steps", 8, "--no-totals"), 0.03, environment=tuned),
+        Stage("energy", decoder("energy"), 0.035, environment=tuned),
+        Stage("energy-prefill", decoder("energy", "--prefill"), 0.035, environment=tuned),
         Stage(
             "gluon",
-            module("benchmarks.gluon_matmul", "--seconds", share(0.025), "--limit", 45, "--out", out / "results"), 0.03,
+            module("benchmarks.gluon_matmul", "--seconds", share(0.015), "--limit", 45, "--out", out / "results"), 0.02,
         ),
-        Stage("plots", module("benchmarks.plot", out / "results"), 0.02),
+        Stage("plots", module("benchmarks.plot", out / "results"), 0.01),
     ]  # fmt: skip
 
 

@@ -1,156 +1,31 @@
 """Who multiplies: y = x @ w.T with a quantized w, by this package and by others.
 
-Every provider starts from the same float weight and quantizes it its own way. Before anything is timed, `check`
-compares a product with the exact one of the very weights that the provider's codes stand for. Where a provider does
-not say what those are, the float weight stands in, with a tolerance for quantizing. Providers that compute another
-function say so in `what`.
+Where x is quantized, too, it is providers_int8.py that has them; products.py says what a provider is.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.products import (
+    DTYPE,
+    Prepared,
+    Problem,
+    Provider,
+    WeightOnly,
+    Work,
+    float_weight,
+    missing,
+    product_work,
+    quantized,
+)
+from benchmarks.providers_int8 import EXACT, INT8_PROVIDERS
 from qkernels import ops, packing
-from qkernels.scheme import Scheme
 from qkernels.tensor import QTensor, quantize
-
-DTYPE = torch.bfloat16  # of activations and results
-_TRUTH_WEIGHTS = 2**26  # float64 weights held at a time while checking
-_CHECKED_TOKENS = 32
-FLOAT_TOLERANCE = 0.2  # against the float weight: 4 bits in groups of 256 give about half of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One product: x (M, K) with a weight (N, K) under a scheme. model and layer say where the shape is from."""
-
-    M: int
-    N: int
-    K: int
-    scheme: str
-    model: str = ""
-    layer: str = ""
-
-    @property
-    def parsed(self) -> Scheme:
-        """The scheme."""
-        return Scheme.parse(self.scheme)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """One weight in a provider's own form.
-
-    Attributes:
-        call: what is timed: operand -> result.
-        weight: () -> (N, K) float32 that the codes stand for; the float weight itself if not `own`.
-        nbytes: of the weight as stored.
-        own: whether `weight` is exactly what is multiplied.
-        enter: x -> operand, not timed.
-        leave: (result, operand) -> y (M, N), not timed.
-        seen: operand -> x as it is multiplied.
-    """
-
-    call: Callable[[Any], Tensor]
-    weight: Callable[[], Tensor]
-    nbytes: int
-    own: bool = True
-    enter: Callable[[Tensor], Any] = lambda x: x
-    leave: Callable[[Tensor, Any], Tensor] = lambda result, operand: result
-    seen: Callable[[Any], Tensor] = lambda operand: operand
-
-
-class Provider:
-    """What computes the product.
-
-    Attributes:
-        name: short, unique.
-        what: what is computed, in words.
-        tolerance: see `check`.
-        rate: peak of the arithmetic it uses, in units of that of bfloat16.
-    """
-
-    name: str
-    what: str
-    tolerance = 2.0**-6
-    rate = 1.0
-
-    def supports(self, problem: Problem) -> str | None:
-        """Why not, in words; None if it does."""
-        return None
-
-    def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> Prepared:
-        """The weight of a seed, quantized."""
-        raise NotImplementedError
-
-
-def float_weight(problem: Problem, seed: int, device: str) -> Tensor:
-    """(N, K) bfloat16: normal values, off center, whose size changes from row to row and every 16 columns.
-
-    A scale or a zero that is looked up in the wrong place then shows.
-    """
-    N, K = problem.N, problem.K
-    generator = torch.Generator(device).manual_seed(seed)
-    w = torch.randn(N, K, generator=generator, device=device).add_(0.5)
-    rows = torch.rand(N, 1, generator=generator, device=device).mul_(2).sub_(1).exp2_()
-    columns = torch.rand(-(-K // 16), generator=generator, device=device).mul_(2).sub_(1).exp2_()
-    return w.mul_(rows).mul_(columns.repeat_interleave(16)[:K]).mul_(K**-0.5).to(DTYPE)
-
-
-def activations(problem: Problem, device: str = "cuda", seed: int = 0) -> Tensor:
-    """(M, K) bfloat16, normal."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(problem.M, problem.K, generator=generator, device=device).to(DTYPE)
-
-
-def check(provider: Provider, prepared: Prepared, x: Tensor) -> str | None:
-    """What is wrong with the product of x, or None.
-
-    Up to 32 tokens, the first and the last among them, and all columns are compared with float64. With
-    S = sqrt(sum x^2 w^2), the size of a sum of K terms of random sign, each value may be off by
-    2^-8 |y| + tolerance * S: rounding of y, and of weights and partial sums that are kept in bfloat16. One wrong scale
-    or address in a group of 16 is several times more. Against a float weight, the root mean square of error / S must
-    not exceed FLOAT_TOLERANCE.
-    """
-    operand = prepared.enter(x)
-    y = prepared.leave(prepared.call(operand), operand)
-    w = prepared.weight()
-    if y.shape != (x.shape[0], w.shape[0]) or y.dtype is not DTYPE:
-        return f"gave {tuple(y.shape)} {y.dtype}, not {(x.shape[0], w.shape[0])} {DTYPE}"
-    tokens = torch.linspace(0, x.shape[0] - 1, min(_CHECKED_TOKENS, x.shape[0]), device=x.device).long()
-    seen = prepared.seen(operand)[tokens].double()
-    worst, at, squares = 0.0, (0, 0), 0.0
-    step = max(1, _TRUTH_WEIGHTS // w.shape[1])
-    for start in range(0, w.shape[0], step):
-        part = w[start : start + step].double()
-        exact = seen @ part.T
-        size = (seen.square() @ part.square().T).sqrt().clamp(min=1e-30)
-        error = (y[tokens, start : start + step].double() - exact).abs()
-        if not torch.isfinite(error).all():
-            return "gave NaN or infinity"
-        squares += (error / size).square().sum().item()
-        excess = (error - 2.0**-8 * exact.abs()) / size
-        largest = int(excess.argmax())
-        if excess.flatten()[largest] > worst:
-            row, column = divmod(largest, excess.shape[1])
-            worst, at = float(excess.flatten()[largest]), (int(tokens[row]), start + column)
-    if prepared.own:
-        if worst > provider.tolerance:
-            return f"is off by {worst:.3g} of its size at {at}; {provider.tolerance:.3g} is allowed"
-        return None
-    mean = (squares / (len(tokens) * w.shape[0])) ** 0.5
-    if mean > FLOAT_TOLERANCE:
-        return f"is off by {mean:.3g} of its size on average; {FLOAT_TOLERANCE:.3g} is allowed"
-    return None
-
 
 # ---- torch and this package ----
 
@@ -169,7 +44,7 @@ class CuBLAS(Provider):
 class QKernels(Provider):
     """This package."""
 
-    name, what = "qkernels", "qkernels.ops.matmul"
+    name, what = "qkernels", "qkernels.ops.matmul; quantizes x where the scheme says so"
 
     def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> Prepared:
         """Quantize."""
@@ -178,10 +53,16 @@ class QKernels(Provider):
         def call(x: Tensor) -> Tensor:
             return ops.matmul(x, q.packed, q.scale, q.zero, None, scheme, q.in_features)
 
-        return Prepared(call, q.dequantize, q.nbytes)
+        if q.scheme.activations is None:
+            return Prepared(call, q.dequantize, q.nbytes)
+        return Prepared(call, q.dequantize, q.nbytes, seen=lambda x: quantized(x, q.scheme), tolerance=EXACT)
+
+    def work(self, problem: Problem, weight_bytes: int) -> Work:
+        """Of the scheme."""
+        return product_work(problem.M, problem.N, problem.K, problem.parsed, weight_bytes)
 
 
-class QKernelsDequantize(Provider):
+class QKernelsDequantize(WeightOnly):
     """What a fused kernel must beat at many tokens."""
 
     name, what = "qkernels-dequantize", "qkernels dequantizes to bfloat16 in each call, then cuBLAS"
@@ -192,13 +73,15 @@ class QKernelsDequantize(Provider):
         return Prepared(lambda x: F.linear(x, q.dequantize(DTYPE)), lambda: q.dequantize(DTYPE).float(), q.nbytes)
 
 
-class Tinygemm(Provider):
+class Tinygemm(WeightOnly):
     """The 4-bit kernel that comes with torch."""
 
     name, what = "tinygemm", "torch._weight_int4pack_mm: the same codes, scales and offsets in bfloat16"
 
     def supports(self, problem: Problem) -> str | None:
         """4 bits and groups of a few sizes."""
+        if (reason := super().supports(problem)) is not None:
+            return reason
         scheme = problem.parsed
         if scheme.bits != 4 or scheme.group_size not in (32, 64, 128, 256):
             return "4 bits and groups of 32, 64, 128 or 256 only"
@@ -241,64 +124,18 @@ def _offset(q: QTensor, scale: Tensor, around: int) -> Tensor:
     return scale.float() * (around - q.zero.float())
 
 
-class Int8(Provider):
-    """A reference rate, not a peer."""
-
-    name, what = "int8", "torch._int_mm: another function, of int8 activations; quantizing x and scaling y not timed"
-    rate = 2.0
-
-    def supports(self, problem: Problem) -> str | None:
-        """Rows of 8-bit codes."""
-        if str(problem.parsed).split("-")[0] != "w8cs":
-            return "w8cs only"
-        if problem.M <= 16:
-            return "more than 16 tokens only"
-        return "K and N must be multiples of 8" if problem.K % 8 or problem.N % 8 else None
-
-    def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> Prepared:
-        """Scales per row of w and per token."""
-        code, scale = _rows_to_int8(float_weight(problem, seed, device))
-
-        def leave(result: Tensor, operand: tuple[Tensor, Tensor]) -> Tensor:
-            return (result.float() * operand[1] * scale.T).to(DTYPE)
-
-        return Prepared(
-            lambda operand: torch._int_mm(operand[0], code.T),
-            lambda: code.float() * scale,
-            code.nbytes + scale.nbytes,
-            enter=_rows_to_int8,
-            leave=leave,
-            seen=lambda operand: operand[0].float() * operand[1],
-        )
-
-
-def _rows_to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scales (rows, 1)) of symmetric rows."""
-    scale = values.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    return (values.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
-
-
 # ---- packages that may be installed ----
 
 
-@functools.cache
-def missing(package: str) -> str | None:
-    """Why a package cannot be imported, or None. Some raise anything at all where there is no GPU."""
-    try:
-        importlib.import_module(package)
-    except Exception as error:
-        return f"import {package}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".strip()
-    return None
-
-
-class Gemlite(Provider):
+class Gemlite(WeightOnly):
     """Triton kernels of gemlite; they tune themselves at the first call of a shape, which can take long."""
 
     name, what = "gemlite", "gemlite A16Wn: the same codes, scales and zeros in bfloat16"
-    tolerance = 2.0**-4  # partial sums are added up in bfloat16, by atomics
 
     def supports(self, problem: Problem) -> str | None:
         """Whole groups of codes that divide a word."""
+        if (reason := super().supports(problem)) is not None:
+            return reason
         scheme = problem.parsed
         if scheme.bits not in (1, 2, 4, 8) or not isinstance(scheme.group_size, int) or scheme.value_map == "offset":
             return "1, 2, 4 or 8 bits in groups, with integer zeros, only"
@@ -323,16 +160,19 @@ class Gemlite(Provider):
             return w.flatten(1).to(DTYPE).float()
 
         stored = sum(t.nbytes for t in (layer.W_q, layer.scales, layer.zeros))
-        return Prepared(layer, weight, stored)
+        # partial sums are added up in bfloat16, by atomics
+        return Prepared(layer, weight, stored, tolerance=2.0**-4)
 
 
-class BitsAndBytes(Provider):
+class BitsAndBytes(WeightOnly):
     """NF4 of bitsandbytes."""
 
     name, what = "bitsandbytes", "bitsandbytes.matmul_4bit: NF4, float32 scales"
 
     def supports(self, problem: Problem) -> str | None:
         """4 bits in blocks of a few sizes."""
+        if (reason := super().supports(problem)) is not None:
+            return reason
         scheme = problem.parsed
         if scheme.bits != 4 or scheme.group_size not in (32, 64, 128, 256, 512):
             return "4 bits and groups of 32, 64, 128, 256 or 512 only"
@@ -356,13 +196,15 @@ class BitsAndBytes(Provider):
         )
 
 
-class TorchAO(Provider):
+class TorchAO(WeightOnly):
     """Weight-only configurations of torchao."""
 
     name, what = "torchao", "torchao weight-only: int8 per row, or int4 tile-packed (tinygemm with its own scales)"
 
     def supports(self, problem: Problem) -> str | None:
         """int8 per row, int4 in groups."""
+        if (reason := super().supports(problem)) is not None:
+            return reason
         scheme = problem.parsed
         int8 = scheme.bits == 8 and scheme.group_size == "channel" and scheme.value_map == "symmetric"
         int4 = scheme.bits == 4 and scheme.group_size in (32, 64, 128, 256)
@@ -394,10 +236,9 @@ class TorchAO(Provider):
         return Prepared(linear, w.float, weight.qdata.nbytes + weight.scale_and_zero.nbytes, own=False)
 
 
-PROVIDERS: dict[str, Provider] = {
-    provider.name: provider
-    for provider in (
-        CuBLAS(), QKernels(), QKernelsDequantize(), Tinygemm(), Int8(), Gemlite(), BitsAndBytes(), TorchAO(),
-    )
-}  # fmt: skip
+_WEIGHT: tuple[Provider, ...] = (
+    CuBLAS(), QKernels(), QKernelsDequantize(), Tinygemm(), Gemlite(), BitsAndBytes(), TorchAO(),
+)  # fmt: skip
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (*_WEIGHT, *INT8_PROVIDERS)}
+WEIGHT_PROVIDERS = tuple(provider.name for provider in _WEIGHT)  # of schemes that leave x as it is
 BASELINE = "cublas"

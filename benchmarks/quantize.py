@@ -18,8 +18,8 @@ import sys
 import torch
 from torch import Tensor
 
-from benchmarks import floors, harness, providers
-from benchmarks.providers import Problem
+from benchmarks import floors, harness, products
+from benchmarks.products import Problem
 from qkernels import ops, reference, tables
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose, problems, timing
@@ -84,13 +84,13 @@ def measure(problem: Problem, ceilings: floors.Ceilings) -> harness.Record:
     floor_us, limit_us = (floors.bound_us(moved, 0, found) for found in (ceilings, ceilings.fastest))
     scheme, text = problem.parsed, problem.scheme
     weights = [
-        providers.float_weight(problem, seed, "cuda") for seed in range(timing.weight_sets(moved, timing.l2_bytes()))
+        products.float_weight(problem, seed, "cuda") for seed in range(timing.weight_sets(moved, timing.l2_bytes()))
     ]
     stored = [ops.quantize(w, text) for w in weights]
     if (reason := difference(weights[0], stored[0], scheme)) is not None:
         return {**dataclasses.asdict(problem), "kernels": {"quantize": {"wrong": reason}}}
     dequantize: list[timing.Call] = [
-        functools.partial(ops.dequantize, *each, text, problem.K, providers.DTYPE) for each in stored
+        functools.partial(ops.dequantize, *each, text, problem.K, products.DTYPE) for each in stored
     ]
     cold: dict[str, list[timing.Call]] = {"dequantize": dequantize}
     if choose.group_fits_tile(scheme, problem.K):
@@ -122,8 +122,8 @@ def difference(w: Tensor, stored: tuple[Tensor, Tensor, Tensor | None], scheme: 
         for name, a, b in zip(("packed", "scale", "zero"), wanted, found, strict=True):
             if (a is None) != (b is None) or (a is not None and b is not None and not torch.equal(a, b.cpu())):
                 return f"{name} of rows {rows.start} to {rows.stop} is not what the oracle gives"
-        dense = ops.dequantize(packed[rows], found[1], found[2], str(scheme), w.shape[1], providers.DTYPE)
-        if not torch.equal(dense.cpu(), reference.dequantize(*wanted, scheme, w.shape[1], providers.DTYPE)):
+        dense = ops.dequantize(packed[rows], found[1], found[2], str(scheme), w.shape[1], products.DTYPE)
+        if not torch.equal(dense.cpu(), reference.dequantize(*wanted, scheme, w.shape[1], products.DTYPE)):
             return f"dequantized rows {rows.start} to {rows.stop} are not what the oracle gives"
     return None
 

@@ -4,8 +4,9 @@ python -m benchmarks.readme            # rewrite what stands between the markers
 python -m benchmarks.readme --check    # only say whether it would change
 
 What kernels cost by their machine code stands in the result file of benchmarks.static_cost. Speed is that of the newest
-result file of benchmarks.matmul. While there is none, the floors stand there. Below it is what the newest files of
-benchmarks.model and benchmarks.energy say, where there are any. Accuracy is that of the file of benchmarks.accuracy.
+result file of benchmarks.matmul. While there is none, the floors stand there. Below it is what the newest files of its
+suites w8a8 and w4a8, of benchmarks.model and of benchmarks.energy say, where there are any. Accuracy is that of the
+file of benchmarks.accuracy.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.static_cost import GPUS
 from benchmarks.subjects import SUBJECTS
 from qkernels.demo.story import COLUMNS, rows
 from qkernels.files import replacing
+from qkernels.scheme import Scheme
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -32,7 +34,7 @@ OURS = "qkernels"
 STATIC = ROOT / "benchmarks/results/static/matmul.json"
 STATIC_SCHEMES = ("w4g128", "w8g128", "w2g64", "w3g128")
 STATIC_CAPABILITIES = (80, 89, 90)
-KINDS = ("matmul", "model", "energy")  # of result files that the README shows
+KINDS = ("matmul", "model", "energy", "matmul-w8a8", "matmul-w4a8")  # of result files that the README shows
 _WIDEST = 5  # schemes in a table of accuracy
 
 
@@ -46,12 +48,15 @@ def with_speed(
     products: pathlib.Path | None,
     model: pathlib.Path | None = None,
     energy: pathlib.Path | None = None,
+    w8a8: pathlib.Path | None = None,
+    w4a8: pathlib.Path | None = None,
 ) -> str:
     """The README with the tables of result files between its markers, one of each of KINDS.
 
-    Floors stand there if there is no file of products; of the other two kinds, nothing.
+    Floors stand there if there is no file of products; of the other kinds, nothing.
     """
-    blocks = [floor_block() if products is None else speed_block(products)]
+    blocks = [floor_block() if products is None else speed_block(products, SCHEME)]
+    blocks += [speed_block(path, name) for path, name in ((w8a8, "w8a8"), (w4a8, "w4a8")) if path is not None]
     blocks += [] if model is None else [decode_block(model)]
     blocks += [] if energy is None else [energy_block(energy)]
     return _between(readme, "speed", "\n".join(blocks))
@@ -127,7 +132,7 @@ def static_table(records: Sequence[dict[str, Any]]) -> str:
 
 def floor_block() -> str:
     """What is known without a measurement."""
-    schemes = (SCHEME, "w8cs", "w2g64")
+    schemes = (SCHEME, "w8cs", "w2g64", "w8a8")
     ceilings = floors.GPUS["H200"]
     table = markdown(
         ("layer", "N", "K", "M", *schemes, "bfloat16"), matmul.floor_rows(MODEL, schemes, (1, 64, 512), ceilings)
@@ -135,17 +140,20 @@ def floor_block() -> str:
     return (
         f"No result file from a GPU yet. These are floors, in microseconds: no product of M tokens with a layer of "
         f"{MODEL} can take less on an {ceilings.device} ({ceilings.copy / 1e12:.1f} TB/s copied, "
-        f"{ceilings.matmul / 1e12:.0f} TFLOP/s bfloat16).\n\n{table}"
+        f"{ceilings.matmul / 1e12:.0f} TFLOP/s bfloat16). Codes of w8a8's activations are written to memory and read; "
+        f"its rate is the datasheet's {ceilings.int8 / 1e12:.0f} TOP/s int8, which no program reaches.\n\n{table}"
     )
 
 
-def speed_block(path: pathlib.Path) -> str:
+def speed_block(path: pathlib.Path, scheme: str) -> str:
     """What a result file of benchmarks.matmul says of one model and scheme."""
-    record = json.loads(path.read_text())
+    record, parsed = json.loads(path.read_text()), Scheme.parse(scheme)
+    int8 = parsed.activations is not None
     measured = [
         problem
         for problem in record["problems"]
-        if (problem["model"], problem["scheme"]) == (MODEL, SCHEME) and problem["M"] in matmul.FIRST_TOKENS
+        if (problem["model"], problem["scheme"]) == (MODEL, str(parsed))
+        and problem["M"] in (matmul.INT8_TOKENS if int8 else matmul.FIRST_TOKENS)
     ]
     others = [name for name in record["providers"] if name not in (OURS, providers.BASELINE)]
     timed = [name for name in others if any("cold" in problem["providers"].get(name, {}) for problem in measured)]
@@ -165,12 +173,18 @@ def speed_block(path: pathlib.Path) -> str:
     )
     found = record["ceilings"]
     return (
-        f"{table}\n{MODEL}, {SCHEME}, weights not in L2, in CUDA graphs. The speed-up of {OURS} is over "
+        f"{table}\n{MODEL}, {scheme}, weights not in L2, in CUDA graphs. The speed-up of {OURS} is over "
         f"{providers.BASELINE} with a bfloat16 weight; its share of the floor is that time against the least that "
         f"{found['copy'] / 1e12:.2f} TB/s copied and {found['matmul'] / 1e12:.0f} TFLOP/s bfloat16 allow, "
-        f"measured in the same run. {_origin(record)}: {len(record['problems'])} of "
-        f"{record['planned']} problems of suite {record['suite']}.\n" + _pictures(path, f"{MODEL}-{SCHEME}-*")
+        f"measured in the same run{_int8_rate(found) if int8 else ''}. {_origin(record)}: {len(record['problems'])} of "
+        f"{record['planned']} problems of suite {record['suite']}.\n" + _pictures(path, f"{MODEL}-{parsed}-*")
     )
+
+
+def _int8_rate(ceilings: Mapping[str, Any]) -> str:
+    if not ceilings["int8"]:
+        return "; the rate of int8 is not known"
+    return f"; int8 counts with the {ceilings['int8'] / 1e12:.0f} TOP/s of the datasheet"
 
 
 def decode_block(path: pathlib.Path) -> str:

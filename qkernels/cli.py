@@ -126,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16"], help="of x; default bfloat16"
     )
-    tune.add_argument("--tokens", nargs="+", type=positive_int, metavar="M", help="default: powers of two up to 1024")
+    tune.add_argument(
+        "--tokens", nargs="+", type=positive_int, metavar="M",
+        help="default: powers of two up to 1024, up to 8192 where activations are quantized",
+    )  # fmt: skip
     tune.add_argument("--minutes", type=float, default=30, help="begin no new problem after; default 30")
     tune.add_argument(
         "--out", type=pathlib.Path, metavar="FILE", help="the table (default: the one that is looked into)"
@@ -280,7 +283,7 @@ def _tune(options: argparse.Namespace) -> None:
         if name not in MODELS:
             raise ValueError(f"--models {name!r} is not one of {', '.join(MODELS)}")
         shapes += [(layer.N, layer.K) for layer in MODELS[name]]
-    wanted = tune.problems(shapes, options.schemes, options.dtypes, options.tokens or tune.TOKENS)
+    wanted = tune.problems(shapes, options.schemes, options.dtypes, options.tokens)
     tune.run(list(wanted), options.out, options.minutes * 60, print)
 
 

@@ -4,12 +4,16 @@ For each problem, rounds of candidates around the best so far: tiles and warps, 
 candidate must first prove itself: on a product whose every partial sum is exact, it has to give the very bits of
 float64 arithmetic, in several runs. What proves right is timed cold, all of a round interleaved in CUDA graphs. So a
 compiler bug, of which there were some in this corner, costs a candidate and not a wrong result.
+
+Where activations are quantized, what is timed includes that. Such a layer cannot fall back to a dense product, whose
+result is another: so that product is timed beside, and shapes where it is faster are named.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import math
 import pathlib
@@ -22,90 +26,18 @@ from torch import Tensor
 
 from qkernels import dispatch, packing, reference
 from qkernels import tables as text_tables
-from qkernels.scheme import Scheme
+from qkernels.scheme import Activations, Scheme
 from qkernels.tuning import choose, tables, timing
-from qkernels.tuning.configs import DenseConfig, MatmulConfig
-from qkernels.tuning.devices import Device, device_of
-
-Config = MatmulConfig | DenseConfig
+from qkernels.tuning.candidates import Config, Problem, pipelines, splits, tiles
+from qkernels.tuning.configs import DenseConfig
+from qkernels.tuning.devices import device_of
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+INT8_TOKENS = (*TOKENS, 2048, 4096, 8192)  # where the heuristic cannot tell which of two kernels is faster
+_INT8_STEPS = 255  # from the lowest code of an activation to the highest
 _PROOFS = 3  # runs of each candidate on the exact product
 _MARGIN = 0.01  # faster by less is noise: the default stays
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """(tokens, in_features) times a weight (out_features, in_features); dtype of x, float16 or bfloat16."""
-
-    tokens: int
-    out_features: int
-    in_features: int
-    scheme: str
-    dtype: str
-
-    @property
-    def parsed(self) -> Scheme:
-        """The scheme."""
-        return Scheme.parse(self.scheme)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
-
-
-# ---- candidates: pure ----
-
-
-def tiles(best: Config, problem: Problem, device: Device) -> list[Config]:
-    """First round: the best so far, tiles that cover the tokens with little to spare, cuBLAS."""
-    scheme, dtype = problem.parsed, problem.torch_dtype
-    size = problem.tokens, problem.out_features, problem.in_features
-    found: list[Config] = [best]
-    start = choose.fused(*size, scheme, dtype, device)
-    found.append(start)
-    enough = max(8, 1 << (problem.tokens - 1).bit_length())
-    for block_m in sorted({max(8, min(128, enough)), max(8, min(128, enough) // 2), max(8, min(128, enough) // 4)}):
-        for block_n, num_warps in ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4), (128, 8)):
-            if 16 <= block_m * block_n // (32 * num_warps) <= 128:  # sums that a thread keeps
-                for scaled in (False, True):
-                    # at least two programs to a multiprocessor
-                    tile = MatmulConfig(
-                        block_m, block_n, 1, 1, num_warps, 3, min(255, 32768 // (32 * num_warps)), scaled
-                    )
-                    found.append(dataclasses.replace(tile, splits=start.splits))
-    if problem.tokens >= 32:
-        found.append(choose.dense(problem.out_features, problem.in_features, dtype))
-    return _possible(found, problem)
-
-
-def splits(best: Config, problem: Problem, device: Device) -> list[Config]:
-    """Second round."""
-    if isinstance(best, DenseConfig):
-        return []
-    steps = max(1, problem.in_features // (best.blocks * packing.block_columns(problem.parsed.bits)))
-    wanted = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    return [dataclasses.replace(best, splits=n) for n in wanted if n <= steps and n != best.splits]
-
-
-def pipelines(best: Config, problem: Problem, device: Device) -> list[Config]:
-    """Third round: stages, blocks to a step, registers."""
-    if isinstance(best, DenseConfig):
-        return []
-    found: list[Config] = [dataclasses.replace(best, num_stages=n) for n in (2, 4, 5, 6)]
-    found += [dataclasses.replace(best, blocks=2 * best.blocks, num_stages=n) for n in (2, 3)]
-    found += [
-        dataclasses.replace(best, max_registers=n) for n in (96, 128, 168, 255) if n * 32 * best.num_warps <= 65536
-    ]
-    return _possible(found, problem)
-
-
-def _possible(found: Iterable[Config], problem: Problem) -> list[Config]:
-    """Each once, in order, if it can serve the problem."""
-    given = problem.parsed, problem.torch_dtype, problem.tokens, problem.in_features
-    return [config for config in dict.fromkeys(found) if tables.fits(config, *given)]
+_REPORTED_TOKENS = 64  # from which on a product of codes is compared with a dense one
 
 
 # ---- proof and time: on the GPU ----
@@ -125,17 +57,12 @@ def exact_operands(problem: Problem, device: str, seed: int = 0) -> Operands:
     """Operands whose every partial sum is exact: x of -1, 0, 1; scales that are powers of two, as far apart as fits.
 
     Sums of K terms, each at most 2^bits - 1 times the ratio of the largest scale to the smallest, stay below 2^24.
-
-    Where x is quantized, some values of each token are larger, such that its scale comes out as 1, and codes, less
-    their zero, as the very x.
+    Where x is quantized its codes stand for it exactly, and are as large as fits: see `_exact_tokens`.
     """
     scheme = problem.parsed
-    ends: tuple[int, ...] = ()
-    if scheme.activations is not None:
-        ends = (127,) if scheme.activations.symmetric else (200, -55)  # 255 steps, and a zero that is not 0
-    most = problem.in_features + sum(abs(end) for end in ends)
-    room = math.log2(2**24 / max(1, most * (2**scheme.bits - 1) * 2))
-    span = max(0, min(4, int(room)))
+    terms = problem.in_features + (_INT8_STEPS if scheme.activations else 0)
+    room = math.log2(2**24 / max(1, terms * (2**scheme.bits - 1) * 2))
+    span = max(0, min(4, int(room / 2 if scheme.activations else room)))
     generator = torch.Generator(device).manual_seed(seed)
 
     def integers(low: int, high: int, shape: Sequence[int]) -> Tensor:
@@ -150,11 +77,32 @@ def exact_operands(problem: Problem, device: str, seed: int = 0) -> Operands:
         zero = (integers(-8, 9, shape).float() * 2.0**-span).to(scheme.scale_dtype)
     codes = integers(scheme.code_min, scheme.code_max + 1, (problem.out_features, problem.in_features))
     packed = packing.pack(codes.to(torch.uint8), scheme.bits)
-    x = integers(-1, 2, (problem.tokens, problem.in_features)).to(problem.torch_dtype)
-    start = integers(0, problem.in_features, (problem.tokens,))
-    for i, end in enumerate(ends):
-        x[torch.arange(problem.tokens, device=device), (start + i) % problem.in_features] = end
-    return Operands(x, packed, scale, zero)
+    size = (problem.tokens, problem.in_features)
+    if scheme.activations is None:
+        x = integers(-1, 2, size)
+    else:
+        x = _exact_tokens(size, scheme.activations, max(1, min(60, int(2 ** (room - span)))), integers)
+    return Operands(x.to(problem.torch_dtype), packed, scale, zero)
+
+
+def _exact_tokens(
+    size: tuple[int, int], how: Activations, largest: int, integers: Callable[[int, int, Sequence[int]], Tensor]
+) -> Tensor:
+    """x (M, K) float32 whose codes stand for it exactly: up to `largest`, and one value or two that set a scale of 1.
+
+    127 is the largest that a symmetric scale of 1 reaches, and -u and 255 - u the ends of an affine one with the zero
+    u - 128. Then each token is multiplied by a power of two of its own.
+    """
+    M, K = size
+    x = integers(-largest, largest + 1, size).float()
+    at = integers(0, K, (M, 1))
+    if how.symmetric:
+        x.scatter_(1, at, 127.0)
+    else:
+        below = integers(64, 192, (M, 1)).float() if K > 1 else torch.zeros_like(x)
+        x.scatter_(1, (at + 1) % K, -below)
+        x.scatter_(1, at, _INT8_STEPS - below)
+    return x * torch.exp2(integers(-3, 1, (M, 1)).float())
 
 
 def timed_operands(problem: Problem, device: str, seed: int) -> Operands:
@@ -193,6 +141,14 @@ def refusal(operands: Operands, wanted: Tensor, problem: Problem, config: Config
     return None
 
 
+def dense_calls(problem: Problem, x: Tensor) -> list[Callable[[], object]]:
+    """Products of x with weights of its own dtype, by cuBLAS: so many that none is found in L2."""
+    shape = problem.out_features, problem.in_features
+    count = timing.weight_sets(x.element_size() * math.prod(shape), timing.l2_bytes())
+    weights = [torch.randn(shape, dtype=x.dtype, device=x.device) for _ in range(count)]
+    return [functools.partial(torch.nn.functional.linear, x, w) for w in weights]
+
+
 def best_of(problem: Problem, device: str = "cuda", seed: int = 0) -> tuple[tables.Entry, dict[Config, str]]:
     """(what is fastest, and its time; why others were refused)."""
     gpu = device_of(torch.cuda.current_device())
@@ -212,6 +168,7 @@ def best_of(problem: Problem, device: str = "cuda", seed: int = 0) -> tuple[tabl
         problem.tokens, problem.out_features, problem.in_features, problem.parsed, problem.torch_dtype, gpu
     )
     best = default
+    beside: dict[str, list[Callable[[], object]]] = {}
     for candidates in (tiles, splits, pipelines):
         proved = []
         for config in candidates(best, problem, gpu):
@@ -224,7 +181,9 @@ def best_of(problem: Problem, device: str = "cuda", seed: int = 0) -> tuple[tabl
             proved.append(best)  # again, in the same round as those it is compared with
         if not proved:
             raise RuntimeError(f"no configuration of {problem} gives the exact product: {refused}")
-        found = timing.cold({str(i): calls(config) for i, config in enumerate(proved)}, seed=seed)
+        if candidates is pipelines and problem.parsed.activations and problem.tokens >= _REPORTED_TOKENS:
+            beside = {"dense": dense_calls(problem, first.x)}
+        found = timing.cold({str(i): calls(config) for i, config in enumerate(proved)} | beside, seed=seed)
         times.update({config: found[str(i)].median_us for i, config in enumerate(proved)})
         best = min(proved, key=lambda config: times[config])
     if default in times and times[best] > times[default] * (1 - _MARGIN):
@@ -232,29 +191,31 @@ def best_of(problem: Problem, device: str = "cuda", seed: int = 0) -> tuple[tabl
     entry = tables.Entry(
         problem.scheme, problem.dtype, problem.out_features, problem.in_features, problem.tokens, best,
         us=round(times[best], 3), default_us=round(times.get(default, math.nan), 3),
+        dense_us=round(found["dense"].median_us, 3) if beside else None,
     )  # fmt: skip
     return entry, refused
 
 
 def problems(
-    shapes: Iterable[tuple[int, int]], schemes: Iterable[str], dtypes: Iterable[str], tokens: Iterable[int]
+    shapes: Iterable[tuple[int, int]], schemes: Iterable[str], dtypes: Iterable[str], tokens: Iterable[int] | None
 ) -> Iterator[Problem]:
     """Every combination, each shape once; fewest tokens first, which matter most.
+
+    tokens: None for TOKENS, or INT8_TOKENS.
 
     Raises:
         ValueError: a scheme is none, or has static activations.
     """
     every = list(dict.fromkeys(shapes))
-    for scheme in schemes:
-        parsed = Scheme.parse(scheme)
-        if parsed.activations is not None and parsed.activations.static:
-            dynamic = dataclasses.replace(parsed.activations, static=False)
-            same = dataclasses.replace(parsed, activations=dynamic)
+    for scheme in map(Scheme.parse, schemes):
+        if scheme.activations is not None and scheme.activations.static:
+            dynamic = dataclasses.replace(scheme.activations, static=False)
+            same = dataclasses.replace(scheme, activations=dynamic)
             raise ValueError(f"{scheme} is multiplied as {same} is, and served by its entries: tune that")
         for dtype in dtypes:
-            for m in sorted(set(tokens)):
+            for m in sorted(set(tokens or (INT8_TOKENS if scheme.activations else TOKENS))):
                 for out_features, in_features in every:
-                    yield Problem(m, out_features, in_features, str(Scheme.parse(scheme)), dtype)
+                    yield Problem(m, out_features, in_features, str(scheme), dtype)
 
 
 def run(
@@ -280,10 +241,10 @@ def run(
     path = path or tables.user_path(device)
     entries = {_key(entry): entry for entry in (tables.read(path) if path.exists() else [])}
     start = time.perf_counter()
-    rows: list[tuple[str, ...]] = []
+    tuned: list[tables.Entry] = []
     for problem in tqdm(wanted, desc="tuning", unit="problem"):
         if time.perf_counter() - start > seconds:
-            say(f"time is up: {len(rows)} of {len(wanted)} problems tuned")
+            say(f"time is up: {len(tuned)} of {len(wanted)} problems tuned")
             break
         entry, refused = best_of(problem)
         entries[_key(entry)] = entry
@@ -291,15 +252,26 @@ def run(
         for config, why in refused.items():
             if "wrong" in why:
                 say(f"REFUSED {problem}: {config}: {why}")
-        gain = f"{entry.default_us / entry.us:.2f}x"
-        size = f"{entry.out_features} x {entry.in_features}"
-        rows.append(
-            (entry.scheme, entry.dtype, size, str(entry.tokens), f"{entry.default_us:.2f}", f"{entry.us:.2f}", gain)
-        )
+        tuned.append(entry)
     dispatch.forget()
-    columns = ("scheme", "dtype", "weight", "tokens", "default us", "tuned us", "gain")
-    say(text_tables.text(f"{path}: {len(entries)} entries", columns, rows, text_columns=3))
+    say(report(f"{path}: {len(entries)} entries", tuned))
     return path
+
+
+def report(title: str, entries: Sequence[tables.Entry]) -> str:
+    """Entries as a table; then a line that names the shapes where a dense product is faster."""
+    rows, slower = [], []
+    for entry in entries:
+        size, tokens = f"{entry.out_features} x {entry.in_features}", str(entry.tokens)
+        times = entry.default_us, entry.us
+        dense = "" if entry.dense_us is None else f"{entry.dense_us:.2f}"
+        gain = f"{entry.default_us / entry.us:.2f}x"
+        rows.append((entry.scheme, entry.dtype, size, tokens, *(f"{us:.2f}" for us in times), gain, dense))
+        if entry.dense_us is not None and entry.us > entry.dense_us:
+            slower.append(f"{entry.scheme} {size} at {tokens} tokens ({entry.us:.2f} us, not {dense})")
+    columns = ("scheme", "dtype", "weight", "tokens", "default us", "tuned us", "gain", "dense us")
+    warning = [f"WARNING: slower than cuBLAS with a dense weight: {', '.join(slower)}"] if slower else []
+    return "\n".join([text_tables.text(title, columns, rows, text_columns=3), *warning])
 
 
 def _key(entry: tables.Entry) -> tuple[Any, ...]:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 import qkernels
-from benchmarks import floors, harness, matmul, plot, providers, readme
+from benchmarks import floors, harness, matmul, plot, products, providers, readme
 from benchmarks import quantize as benchmark_quantize
-from benchmarks.providers import PROVIDERS, Problem
+from benchmarks.products import Problem
+from benchmarks.providers import PROVIDERS
 from qkernels.scheme import Scheme
 from qkernels.tuning import problems, timing
+from tests import fake_gpu
+from tests.fake_gpu import CEILINGS, FakeClock, FakeGpu, machine
 
 H200 = floors.GPUS["H200"]
 
@@ -119,34 +122,6 @@ def test_interval_of_a_median() -> None:
             timing.median_interval(bad)
 
 
-class FakeClock:
-    """Time that passes only when a stand-in says so; what happened is in `log`."""
-
-    def __init__(self) -> None:
-        self.now_us = 0.0
-        self.log: list[str] = []
-
-    def work(self, name: str, us: float) -> Callable[[], None]:
-        def run() -> None:
-            self.log.append(name)
-            self.now_us += us
-
-        return run
-
-    def hold(self) -> None:
-        self.log.append("hold")
-
-    def mark(self) -> float:
-        self.log.append("mark")
-        return self.now_us
-
-    def elapsed_us(self, start: float, stop: float) -> float:
-        return stop - start
-
-    def wait(self) -> None:
-        self.log.append("wait")
-
-
 def test_interleaved_times_belong_to_their_candidates() -> None:
     clock = FakeClock()
     found = timing.interleave({"a": clock.work("a", 3), "b": clock.work("b", 5)}, clock, rounds=2, seed=0)
@@ -172,37 +147,9 @@ def test_eager_replays_start_on_an_idle_device() -> None:
 # ---- a stand-in for a GPU ----
 
 
-class FakeGpu(FakeClock):
-    """Graphs take 3 us to start, and as long for each call as `call_us` says; calls run when captured."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.captured: list[tuple[int, int]] = []  # (calls, times)
-        self.call_us: Callable[[Any], float] = lambda call: 4.0
-
-    def capture(self, calls: list[timing.Call], times: int = 1) -> Any:
-        for call in calls:
-            call()
-        self.captured.append((len(calls), times))
-        us = 3.0 + times * sum(self.call_us(call) for call in calls)
-
-        class Graph:
-            replay = staticmethod(self.work("replay", us))
-
-        return Graph()
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fake = FakeGpu()
-    monkeypatch.setattr(timing, "capture", fake.capture)
-    monkeypatch.setattr(timing, "warm_up", lambda calls: [call() for call in calls])
-    monkeypatch.setattr(timing, "CudaClock", lambda: fake)
-    monkeypatch.setattr(timing, "l2_bytes", lambda: 100_000)
-    monkeypatch.setattr(harness, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
-    return fake
+    return fake_gpu.install(monkeypatch)
 
 
 def test_times_are_of_one_call(gpu: FakeGpu) -> None:
@@ -234,7 +181,6 @@ def test_eager_times_are_of_twenty_calls_or_more(gpu: FakeGpu) -> None:
     assert gpu.log.count("long") == 2 + 2 + 5 * 2
 
 
-CEILINGS = floors.Ceilings("stand-in", copy=1e11, matmul=1e15, source="measured", read=2e11)
 SMALL = Problem(3, 64, 256, "w4g64", "m", "l")  # about 10 kB in 4 bits: at 100 GB/s about 0.1 us, 0.05 us read
 
 
@@ -243,7 +189,7 @@ class Broken(providers.QKernels):
 
     name = "broken"
 
-    def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> providers.Prepared:
+    def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> products.Prepared:
         found = super().prepare(problem, seed, device)
         return dataclasses.replace(found, call=lambda x: found.call(x) * 1.1)
 
@@ -253,16 +199,16 @@ class Failing(providers.QKernels):
 
     name = "failing"
 
-    def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> providers.Prepared:
+    def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> products.Prepared:
         raise RuntimeError("no kernel image")
 
 
 def test_one_problem_with_every_kind_of_provider(gpu: FakeGpu) -> None:
-    chosen = [PROVIDERS["cublas"], PROVIDERS["qkernels"], Broken(), Failing(), PROVIDERS["int8"]]
+    chosen = [PROVIDERS["cublas"], PROVIDERS["qkernels"], Broken(), Failing(), PROVIDERS["int_mm"]]
     found = harness.measure(SMALL, chosen, CEILINGS, harness.WeightSets(), replays=9)
     entries = found["providers"]
     assert (found["M"], found["layer"], list(entries)) == (3, "l", [p.name for p in chosen])
-    assert entries["int8"] == {"skipped": "w8cs only"}
+    assert entries["int_mm"] == {"skipped": "w8cs, and 8-bit activations, only"}
     assert entries["failing"] == {"failed": "RuntimeError: no kernel image"}
     assert list(entries["broken"]) == ["wrong"]
     ours = entries["qkernels"]
@@ -299,10 +245,10 @@ def test_too_little_memory_for_all_at_once(gpu: FakeGpu, monkeypatch: pytest.Mon
         raise torch.cuda.OutOfMemoryError("no room")
 
     monkeypatch.setattr(timing, "cold", cold)
-    chosen = [PROVIDERS["cublas"], PROVIDERS["int8"]]
+    chosen = [PROVIDERS["cublas"], PROVIDERS["int_mm"]]
     entries = harness.measure(SMALL, chosen, CEILINGS, harness.WeightSets())["providers"]
     assert entries["cublas"] == {"failed": "with all providers at once: OutOfMemoryError: no room"}
-    assert entries["int8"] == {"skipped": "w8cs only"}
+    assert entries["int_mm"] == {"skipped": "w8cs, and 8-bit activations, only"}
 
 
 def test_no_speed_up_over_a_refused_baseline() -> None:
@@ -318,12 +264,12 @@ def test_no_speed_up_over_a_refused_baseline() -> None:
 def test_weight_sets_are_kept_for_the_same_weight_only() -> None:
     made: list[int] = []
 
-    class Counting(providers.Provider):
+    class Counting(products.Provider):
         name = "counting"
 
-        def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> providers.Prepared:
+        def prepare(self, problem: Problem, seed: int, device: str = "cuda") -> products.Prepared:
             made.append(seed)
-            return providers.Prepared(lambda x: x, lambda: torch.empty(0), 1)
+            return products.Prepared(lambda x: x, lambda: torch.empty(0), 1)
 
     sets, provider = harness.WeightSets(), Counting()
     first = sets.get(provider, SMALL, 2)
@@ -337,13 +283,13 @@ def test_weight_sets_are_kept_for_the_same_weight_only() -> None:
 # ---- providers ----
 
 
-def _represents(prepared: providers.Prepared, problem: Problem, seed: int, device: str) -> bool:
+def _represents(prepared: products.Prepared, problem: Problem, seed: int, device: str) -> bool:
     """Whether a provider's weight is the float weight, but for rounding: a check of its own product cannot tell."""
-    w = providers.float_weight(problem, seed, device).float()
+    w = products.float_weight(problem, seed, device).float()
     return float((prepared.weight() - w).norm() / w.norm()) < 2.0 ** (3 - problem.parsed.bits)
 
 
-ON_CPU = ("cublas", "qkernels", "qkernels-dequantize", "tinygemm", "int8")
+ON_CPU = ("cublas", "qkernels", "qkernels-dequantize", "tinygemm", "int_mm")
 
 
 def test_every_provider_that_runs_on_a_cpu_is_right() -> None:
@@ -354,8 +300,8 @@ def test_every_provider_that_runs_on_a_cpu_is_right() -> None:
             for name in ON_CPU:
                 if PROVIDERS[name].supports(problem) is None:
                     prepared = PROVIDERS[name].prepare(problem, 1, "cpu")
-                    x = providers.activations(problem, "cpu")
-                    assert providers.check(PROVIDERS[name], prepared, x) is None, (name, scheme, M)
+                    x = products.activations(problem, "cpu")
+                    assert products.check(prepared, x) is None, (name, scheme, M)
                     assert _represents(prepared, problem, 1, "cpu"), (name, scheme)
                     ran.add(name)
     assert ran == set(ON_CPU)
@@ -365,7 +311,7 @@ def _spoiled(spoil: Callable[[Tensor], Tensor]) -> str | None:
     problem, provider = Problem(40, 72, 384, "w4g64"), PROVIDERS["qkernels"]
     prepared = provider.prepare(problem, 0, "cpu")
     wrong = dataclasses.replace(prepared, call=lambda x: spoil(prepared.call(x)))
-    return providers.check(provider, wrong, providers.activations(problem, "cpu"))
+    return products.check(wrong, products.activations(problem, "cpu"))
 
 
 def test_wrong_products_are_found() -> None:
@@ -386,23 +332,23 @@ def test_wrong_products_are_found() -> None:
 
 def test_one_wrong_scale_is_found() -> None:
     problem, provider = Problem(16, 64, 512, "w4g16"), PROVIDERS["qkernels"]
-    q = qkernels.quantize(providers.float_weight(problem, 0, "cpu"), problem.scheme)
+    q = qkernels.quantize(products.float_weight(problem, 0, "cpu"), problem.scheme)
     scale = q.scale.clone()
     scale[5, 7] = scale[6, 7] * 1.5
     other = dataclasses.replace(q, scale=scale)
     prepared = provider.prepare(problem, 0, "cpu")
     wrong = dataclasses.replace(prepared, call=lambda x: torch.nn.functional.linear(x, other))  # type: ignore[arg-type]
-    assert "is off by" in str(providers.check(provider, wrong, providers.activations(problem, "cpu")))
+    assert "is off by" in str(products.check(wrong, products.activations(problem, "cpu")))
 
 
 def test_products_of_the_float_weight_are_held_to_their_mean() -> None:
     problem, provider = Problem(16, 64, 512, "w4g128"), PROVIDERS["qkernels"]
-    prepared, w = provider.prepare(problem, 0, "cpu"), providers.float_weight(problem, 0, "cpu")
-    x = providers.activations(problem, "cpu")
+    prepared, w = provider.prepare(problem, 0, "cpu"), products.float_weight(problem, 0, "cpu")
+    x = products.activations(problem, "cpu")
     against_float = dataclasses.replace(prepared, weight=w.float, own=False)
-    assert providers.check(provider, against_float, x) is None
+    assert products.check(against_float, x) is None
     scaled = dataclasses.replace(against_float, call=lambda x: prepared.call(x) * 1.3)
-    assert "on average" in str(providers.check(provider, scaled, x))
+    assert "on average" in str(products.check(scaled, x))
 
 
 @pytest.mark.parametrize(
@@ -412,8 +358,8 @@ def test_products_of_the_float_weight_are_held_to_their_mean() -> None:
         ("tinygemm", Problem(1, 64, 512, "w4c"), "groups"),
         ("tinygemm", Problem(1, 64, 192, "w4g64"), "multiple of 128"),
         ("tinygemm", Problem(1, 60, 512, "w4g64"), "N of 8"),
-        ("int8", Problem(16, 64, 512, "w8cs"), "more than 16"),
-        ("int8", Problem(17, 60, 512, "w8cs"), "multiples of 8"),
+        ("int_mm", Problem(16, 64, 512, "w8cs"), "more than 16"),
+        ("int_mm", Problem(17, 60, 512, "w8cs"), "multiples of 8"),
         ("gemlite", Problem(1, 64, 512, "w3g64"), "1, 2, 4 or 8 bits"),
         ("bitsandbytes", Problem(1, 64, 512, "w8g64"), "4 bits"),
         ("torchao", Problem(1, 64, 512, "w2g64"), "only"),
@@ -425,10 +371,10 @@ def test_what_a_provider_does_not_support(name: str, problem: Problem, reason: s
 
 
 def test_packages_that_are_missing_are_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    assert "ModuleNotFoundError" in str(providers.missing("no_such_package_of_kernels"))
+    assert "ModuleNotFoundError" in str(products.missing("no_such_package_of_kernels"))
     (tmp_path / "fails_without_a_gpu.py").write_text("raise AssertionError('no CUDA\\nat all')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert providers.missing("fails_without_a_gpu") == "import fails_without_a_gpu: AssertionError: no CUDA"
+    assert products.missing("fails_without_a_gpu") == "import fails_without_a_gpu: AssertionError: no CUDA"
     monkeypatch.setattr(providers, "missing", lambda package: f"{package} is away")
     problem = Problem(1, 64, 512, "w4g64")
     reasons = [str(PROVIDERS[name].supports(problem)) for name in ("gemlite", "bitsandbytes", "torchao")]
@@ -438,7 +384,7 @@ def test_packages_that_are_missing_are_skipped_by_name(monkeypatch: pytest.Monke
 def test_quantizing_is_compared_with_the_oracle() -> None:
     for scheme in ("w4g128", "w8cs", "w3g64f"):
         problem = Problem(1, 200, 512, scheme)
-        w = providers.float_weight(problem, 0, "cpu")
+        w = products.float_weight(problem, 0, "cpu")
         q = qkernels.quantize(w, scheme)
         assert benchmark_quantize.difference(w, (q.packed, q.scale, q.zero), q.scheme) is None
         q.packed[199, 3] ^= 1
@@ -544,17 +490,11 @@ def test_what_nvidia_smi_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: pathl
 # ---- the command ----
 
 
-def _machine() -> harness.Record:
-    return {
-        "device": "NVIDIA Imaginary", "driver": "1.2", "torch": "9.9", "triton": "8.8", "commit": "0123456789abcdef+",
-    }  # fmt: skip
-
-
 @pytest.fixture
 def results(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
     """A result file, of a run of the command on the stand-in."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(harness, "machine", lambda code: _machine())
+    monkeypatch.setattr(harness, "machine", lambda code: machine())
     monkeypatch.setattr(harness, "ceilings", lambda: dataclasses.replace(CEILINGS, copy=1e13))
     layers = (problems.Layer("qkv", 64, 256), problems.Layer("down", 128, 512))
     monkeypatch.setitem(problems.MODELS, "Llama-3-8B", layers)
@@ -577,7 +517,7 @@ def test_a_run_on_a_gpu(results: pathlib.Path, capsys: pytest.CaptureFixture[str
         assert {"cold", "warm", "eager", "eta", "floor_us"} <= set(ours)
     printed = matmul.result_tables(record)
     assert "Llama-3-8B, w4g128" in printed
-    assert "skipped: int8: w8cs only" in printed
+    assert "skipped: int_mm: w8cs, and 8-bit activations, only" in printed
     assert matmul.line(record["problems"][0]).startswith("Llama-3-8B qkv w4g128 M=1: cublas 12.")
 
 
@@ -585,7 +525,7 @@ def test_wrong_products_fail_the_command(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(harness, "machine", lambda code: _machine())
+    monkeypatch.setattr(harness, "machine", lambda code: machine())
     monkeypatch.setattr(harness, "ceilings", lambda: CEILINGS)
     monkeypatch.setitem(problems.MODELS, "Llama-3-8B", (problems.Layer("qkv", 64, 256),))
     monkeypatch.setitem(PROVIDERS, "qkernels", Broken())
@@ -688,7 +628,7 @@ def test_the_notebook_of_speed_shows_what_there_is(
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(harness, "machine", _machine)
+    monkeypatch.setattr(harness, "machine", machine)
     monkeypatch.setattr(harness, "newest", ({"matmul": results} if with_gpu else {}).get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
     monkeypatch.setattr(harness, "measure", functools.partial(harness.measure, replays=1))
@@ -819,7 +759,7 @@ def test_gpu_providers_are_right(name: str, scheme: str) -> None:
             reason = provider.supports(problem)
             if reason is None:
                 prepared = provider.prepare(problem, 2)
-                assert providers.check(provider, prepared, providers.activations(problem)) is None, M
+                assert products.check(prepared, products.activations(problem)) is None, M
                 assert _represents(prepared, problem, 2, "cuda"), M
             else:
                 reasons.append(reason)

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 import qkernels
-from benchmarks import decode, energy, harness, model, plot, readme
-from benchmarks.decode import Decoder, Variant
+from benchmarks import decode, energy, harness, model, plot, readme, totals
+from benchmarks.decode import Decoder, Prefill, Variant
 from benchmarks.energy import Energy, UnavailableError
 from benchmarks.floors import Ceilings
-from qkernels import MergedLinear, QuantLinear
+from benchmarks.products import Work
+from qkernels import MergedLinear, QuantLinear, reference_int8
 from qkernels.tuning import problems, timing
 
 SLOW = Ceilings("stand-in", copy=4e9, matmul=1e15, source="measured", read=5e9)
@@ -118,6 +119,109 @@ def _with_shifted_positions(self: Any, tokens: torch.Tensor, positions: torch.Te
     return _run(self, tokens, positions + (positions.shape[1] == 1))
 
 
+@pytest.mark.parametrize("scheme", ["w8cs-a8s", "w4g128-a8"])
+def test_inputs_are_rounded_as_codes_are(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the dense twin; so a model that does not round them, or whose codes are of other tokens, is found wrong."""
+    found = model.check([scheme], "cpu")
+    assert found[scheme]["merged"] == 0.0
+    assert found[scheme]["dense"] < 1e-5
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "quantized", lambda x, scheme: x)
+        with pytest.raises(RuntimeError, match=r"logits differ by 0\.0.* from dense"):
+            model.check([scheme], "cpu")
+    original = reference_int8.quantize_activations
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_int8, "quantize_activations", lambda x, *rest: original(x.roll(1, 0), *rest))
+        with pytest.raises(RuntimeError, match="logits differ"):
+            model.check([scheme], "cpu")
+
+
+def test_of_many_sequences_the_one_in_the_middle_counts() -> None:
+    """Where rounding may go either way; else all of them."""
+    a = torch.zeros(5, 3)
+    b = torch.tensor([[0.0, 1, 2], [0, 0, 3], [0, 0, -1], [0, 0, 0], [-9, 0, 0]])
+    assert model._difference(a, b, middle=True) == 2
+    assert model._difference(a, b, middle=False) == 9
+    b[:3] = torch.nan
+    assert not model._difference(a, b, middle=True) <= 1e9
+    assert not model._difference(a, b, middle=False) <= 1e9
+
+
+# ---- prompts ----
+
+
+def test_prompts_again_and_again() -> None:
+    """Each pass gives the logits that transformers' own model, without a cache, has after the last token."""
+    built = _build("w4g128", merged=True)
+    prefill = Prefill(built, 16, batch=3)
+    first, second = prefill.step(), prefill.runner()()
+    assert torch.equal(first, second)
+    assert prefill.prompt.shape == (3, 16)
+    assert [layer.cumulative_length.item() for layer in prefill.cache.layers] == [16, 16]
+    built.set_attn_implementation("eager")
+    with torch.no_grad():
+        whole = built(prefill.prompt, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(first, whole, atol=1e-5, rtol=0)
+
+
+def test_work_of_a_prompt() -> None:
+    weights = 2 * (256 * 256 * 2 + 128 * 256 * 2 + 3 * 384 * 256)  # of two layers' Linears
+    lm_head, attention = 2 * 2 * 256 * 500, 2 * 2 * 2 * 16 * 16 * 256  # both for 2 sequences; half of each square
+    linears = 2 * 2 * 16 * weights
+    for scheme, merged in ((None, False), ("w4g128", False), ("w4g128", True), ("w8cs-a8s", True)):
+        prefill = Prefill(_build(scheme, merged), 16, batch=2)
+        assert prefill.tokens == 32
+        int8 = scheme == "w8cs-a8s"
+        work = prefill.work
+        assert work.operations == lm_head + attention + (0 if int8 else linears), scheme
+        assert work.int8_operations == (linears if int8 else 0)
+        assert work.moved_bytes == prefill.weight_bytes + prefill.cache_bytes
+    decoder = Decoder(_build("w8cs-a8s"), 16, batch=2)
+    assert decoder.work == Work(decoder.weight_bytes + decoder.cache_bytes, 0)
+    assert (decoder.tokens, prefill.weight_bytes - decoder.weight_bytes) == (2, 4 * 30 * 256)  # rows of the embedding
+
+
+def test_prompts_are_measured(tmp_path: pathlib.Path) -> None:
+    fast = Ceilings("stand-in", copy=1e15, matmul=1e12, source="measured", int8=2e12)
+    variants = [Variant(None), Variant("w8cs-a8s", True)]
+    found = model.measure("tiny", variants, 16, 2, 1, 1, fast, "cpu", lambda call, calls: 0.5, Prefill)
+    assert [v["tokens_per_s"] for v in found] == [64, 64]
+    dense, int8 = (v["floor_us"] for v in found)
+    linears = 2 * 32 * 2 * (256 * 256 * 2 + 128 * 256 * 2 + 3 * 384 * 256)
+    assert dense - int8 == pytest.approx(linears / 2e12 * 1e6)
+    assert found[1]["eta"] == pytest.approx(int8 / 5e5)
+    board = Board(watts=500, idle=80)
+
+    def now() -> float:
+        board.spend(3, 500)
+        return board.seconds
+
+    record = _record("energy-prefill", []) | {"context": 8, "phase": "prefill"}
+    path = tmp_path / "gpu" / "energy-prefill.json"
+    record = energy.run(record, path, "tiny", variants[1:], board.counter, 10, "cpu", now, Prefill)
+    (variant,) = record["variants"]
+    assert variant["tokens"] % (2 * 8) == 0
+    assert variant["joules_per_token"] == variant["joules"] / variant["tokens"] > 0
+    assert "prefill" in energy.result_table(record)
+    assert plot.main([str(path)]) == 0
+    assert harness.newest("energy", tmp_path) is None  # of another kind
+    assert harness.newest("energy-prefill", tmp_path) == path
+
+
+@pytest.mark.parametrize("main", [model.main, energy.main])
+def test_the_commands_of_prompts(
+    main: Callable[[list[str]], int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--tiny", "--prefill", "--schemes", "w8a8", "--out", str(tmp_path)]) == 0
+    (path,) = (tmp_path / "cpu").glob("*-prefill-check.json")
+    record = json.loads(path.read_text())
+    assert record["kind"] in ("model-prefill", "energy-prefill")
+    assert list(record["check"]) == ["w8cs-a8s"]
+    with pytest.raises(SystemExit):
+        main(["--schemes", "w8cs-a8ts"])
+
+
 # ---- figures and files ----
 
 
@@ -141,7 +245,8 @@ def test_figures_of_a_variant() -> None:
 def _record(kind: str, variants: list[dict[str, Any]]) -> harness.Record:
     machine = {"device": "NVIDIA Imaginary", "driver": "1.2", "torch": "9.9", "triton": "8.8", "commit": "0123456789ab"}
     record = harness.header(kind, kind, machine, SLOW) | {"date": "2026-01-02", "idle_watts": 80.0}
-    return record | {"model": "Llama-3-8B", "context": 64, "batch": 2, "variants": variants}
+    setting = {"model": "Llama-3-8B", "context": 64, "batch": 2, "phase": "decoding", "tokens": 2}
+    return record | setting | {"variants": variants}
 
 
 def test_a_step_faster_than_memory_is_refused() -> None:
@@ -159,7 +264,7 @@ def test_a_step_faster_than_memory_is_refused() -> None:
     assert [line.split(":")[:2] for line in model.refused(record)] == [["dense", " contaminated"]]
     assert "refused" in model.result_table(record)
     of_energy = [
-        energy.figures(Variant("w4g128"), Energy(100.0, seconds, 50, 4.0), 2, 4_000_000, SLOW)
+        energy.figures(Variant("w4g128"), Energy(100.0, seconds, 50, 4.0), 2, Work(4_000_000, 0), SLOW)
         for seconds in (25 * 0.7e-3, 25 * 2e-3)
     ]
     assert ["contaminated" in v for v in of_energy] == [True, False]
@@ -214,15 +319,15 @@ def test_sums_over_layers() -> None:
         layer.name: {"cold": {"median_us": us}, "floor_us": us / 2, "eta": 0.5}
         for layer, us in zip(layers, (1.0, 2.0, 3.0, 4.0), strict=True)
     }
-    found = model.total(entries, layers)
+    found = totals.total(entries, layers)
     assert (found["total_us"], found["floor_us"]) == (800, 400)  # 80 layers
     entries["down"] = {"cold": {"median_us": 4.0}, "floor_us": 2.0, "contaminated": "too fast"}
-    found = model.total(entries, layers)
+    found = totals.total(entries, layers)
     assert "total_us" not in found
     record = _record("model", []) | {"totals": [{"model": "m", "scheme": None, **found}]}
     assert model.refused(record) == ["m down dense: contaminated: too fast"]
-    assert "4.0!" in model.totals_table(record)
-    assert "refused" in model.totals_table(record)
+    assert "4.0!" in totals.totals_table(record)
+    assert "refused" in totals.totals_table(record)
 
 
 def test_layers_are_timed_with_all_schemes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,24 +342,36 @@ def test_layers_are_timed_with_all_schemes_at_once(monkeypatch: pytest.MonkeyPat
 
     times = (_timed(20.0), _timed(60.0))
     monkeypatch.setattr(timing, "cold", cold)
-    dense, found = model.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
+    dense, found = totals.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
     assert seen == [{"dense": 4, "w8c": 8}, {"dense": 3, "w8c": 5}]
     assert (dense["scheme"], dense["total_us"], found["scheme"], found["total_us"]) == (None, 300, "w8c", 100)
     moved = 64 * 128 + 3 * 64 + 2 * 3 * (64 + 128)  # codes, scales and zeros, x and y
     assert found["layers"]["a"]["floor_us"] == pytest.approx(moved / 4e9 * 1e6)
     assert found["layers"]["a"]["eta"] == pytest.approx(moved / 4e9 * 1e6 / 20)
-    assert "3.00" in model.totals_table({"batch": 3, "totals": [dense, found]}).splitlines()[-1]
+    assert "3.00" in totals.totals_table({"tokens": 3, "totals": [dense, found]}).splitlines()[-1]
     times = (_timed(1.0), _timed(60.0))  # 2.5 us at least
-    dense, found = model.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
+    dense, found = totals.layer_totals("small", (None, "w8c"), 3, SLOW, "cpu")
     assert "total_us" in dense
     assert "total_us" not in found
     assert "contaminated" in found["layers"]["b"]
 
 
+def test_floors_of_layers_with_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(problems.MODELS, "small", (problems.Layer("a", 64, 128, 3),))
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 20_000)
+    monkeypatch.setattr(timing, "cold", lambda candidates: dict.fromkeys(candidates, _timed(20.0)))
+    (found,) = totals.layer_totals("small", ("w8cs-a8s",), 3, SLOW, "cpu")
+    moved = 64 * 128 + 2 * 64 + 2 * 3 * (64 + 128) + 2 * 3 * (128 + 4)  # codes of x with a scale, written and read
+    assert found["layers"]["a"]["floor_us"] == pytest.approx(moved / 4e9 * 1e6)
+    fast = Ceilings("stand-in", copy=1e15, matmul=1e9, source="measured", int8=5e9)
+    (found,) = totals.layer_totals("small", ("w8cs-a8s",), 3, fast, "cpu")
+    assert found["layers"]["a"]["floor_us"] == pytest.approx(2 * 3 * 64 * 128 / 5e9 * 1e6)
+
+
 def test_layers_are_timed_with_enough_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "l2_bytes", lambda: 60_000)
     for scheme, nbytes in (("w8c", 64 * 128 + 3 * 64), (None, 2 * 64 * 128)):
-        calls = model.layer_calls(problems.Layer("a", 64, 128), scheme, 3, "cpu")
+        calls = totals.layer_calls(problems.Layer("a", 64, 128), scheme, 3, "cpu")
         assert len(calls) == -(-180_000 // nbytes)
         first, second = calls[0](), calls[1]()
         assert isinstance(first, torch.Tensor)
@@ -296,9 +413,9 @@ def test_the_command_of_the_model_on_a_gpu(
     """All but what needs one: the loop runs a tiny model on the CPU, and layers take the time they are said to."""
     measure, seconds = model.measure, [0.5]
 
-    def on_cpu(size: str, *rest: Any) -> list[harness.Record]:
+    def on_cpu(size: str, *rest: Any, phase: Any) -> list[harness.Record]:
         assert size == "Llama-3-8B"
-        return measure("tiny", *rest, device="cpu", seconds_per_call=lambda call, calls: seconds[0])
+        return measure("tiny", *rest, device="cpu", seconds_per_call=lambda call, calls: seconds[0], phase=phase)
 
     def layer_totals(name: str, schemes: tuple[str | None, ...], tokens: int, ceilings: Ceilings) -> list[Any]:
         (path,) = tmp_path.glob("*/*.json")
@@ -307,12 +424,12 @@ def test_the_command_of_the_model_on_a_gpu(
         assert not written["finished"]
         entry = {"cold": {"median_us": 7.0}, "floor_us": 5.0, "eta": 0.7}
         layers = problems.MODELS[name]
-        found = model.total({layer.name: entry for layer in layers}, layers)
+        found = totals.total({layer.name: entry for layer in layers}, layers)
         return [{"model": name, "scheme": scheme, **found} for scheme in schemes]
 
     monkeypatch.setattr(model, "check", lambda schemes, device: {})
     monkeypatch.setattr(model, "measure", on_cpu)
-    monkeypatch.setattr(model, "layer_totals", layer_totals)
+    monkeypatch.setattr(totals, "layer_totals", layer_totals)
     monkeypatch.setattr(harness, "machine", lambda code: {"device": "NVIDIA Imaginary", "commit": code})
     monkeypatch.setattr(harness, "ceilings", lambda: SLOW)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -346,7 +463,7 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     model.add_speed_ups(of_model)
     of_model.append({"name": "w8g128", "scheme": "w8g128", "merged": False, "skipped": "does not fit: no room"})
     of_energy = [
-        energy.figures(Variant(scheme), Energy(joules, seconds, 1000, 50.0), 2, 4_000_000, SLOW)
+        energy.figures(Variant(scheme), Energy(joules, seconds, 1000, 50.0), 2, Work(4_000_000, 0), SLOW)
         for scheme, joules, seconds in ((None, 2000.0, 10.0), ("w4g128", 1000.0, 5.0), ("w2g64", 1.0, 1e-3))
     ]
     found = {}
@@ -452,7 +569,7 @@ def test_energy_of_a_loop() -> None:
     assert found.watts == pytest.approx(500)
     assert found.joules_per_token == pytest.approx(500 * 0.3 / 32)
     assert found.joules_per_token_above_idle == pytest.approx(420 * 0.3 / 32)
-    record = energy.figures(Variant("w4g128"), found, 32, 4_000_000, SLOW)
+    record = energy.figures(Variant("w4g128"), found, 32, Work(4_000_000, 0), SLOW)
     assert record["joules"] == pytest.approx(5100)
     assert record["eta"] == pytest.approx(1e-3 / 0.3)
     table = energy.result_table(_record("energy", [record]) | {"idle_watts": idle})
@@ -526,8 +643,15 @@ def test_energy_adds_nothing_of_its_own() -> None:
 
 @pytest.mark.gpu
 def test_a_captured_step_repeats_what_an_eager_one_does() -> None:
-    for scheme, merged in ((None, False), ("w4g128", False), ("w4g128", True)):
+    for scheme, merged in ((None, False), ("w4g128", False), ("w4g128", True), ("w8cs-a8s", True)):
         built = decode.build("tiny", Variant(scheme, merged), "cuda", torch.bfloat16, 64)
+        prefill = Prefill(built, 64, 2)
+        prefill.step()
+        run, keys = prefill.runner(), prefill.cache.layers[1].keys
+        wanted = keys.clone()
+        keys.zero_()
+        run()
+        assert torch.equal(keys, wanted)
         captured, eager = Decoder(built, 64, 2), Decoder(built, 64, 2)
         run = captured.runner()
         captured.token.copy_(eager.token)
@@ -543,8 +667,11 @@ def test_the_loop_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings = harness.ceilings()
     found = model.measure("tiny", model.variants_of(["w4g128"]), 64, 1, 2, 4, ceilings)
     assert all(v["eta"] < 1 for v in found)
+    assert model.check(["w8a8", "w4a8"], "cuda")
+    found = model.measure("tiny", model.variants_of(["w8cs-a8s"]), 64, 1, 2, 4, ceilings, phase=Prefill)
+    assert all(v["eta"] < 1 for v in found)
     monkeypatch.setitem(problems.MODELS, "small", (problems.Layer("a", 4096, 4096, 2),))
     with torch.no_grad():
-        for total in model.layer_totals("small", (None, "w4g128"), 1, ceilings):
+        for total in totals.layer_totals("small", (None, "w4g128"), 1, ceilings):
             assert 1 < total["layers"]["a"]["cold"]["median_us"] < 1000
             assert total["total_us"] == 2 * total["layers"]["a"]["cold"]["median_us"]

@@ -15,6 +15,7 @@ from benchmarks import prove, stress
 from benchmarks.prove import Stage
 from qkernels import tune
 from qkernels.tuning import tables
+from qkernels.tuning.configs import MatmulConfig
 from qkernels.tuning.devices import H200
 from tests.conftest import HAS_GPU
 
@@ -86,15 +87,21 @@ def test_without_a_gpu(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str
 def test_stress_covers_much_and_only_what_is_possible() -> None:
     generator = random.Random(0)
     seen = set()
-    for _ in range(500):
+    for _ in range(1500):
         problem = stress.random_problem(generator, 2100)
         assert problem.in_features >= 16 <= problem.tokens + 15
         config = stress.random_config(generator, problem)
         tables.check(config)
         assert tables.fits(config, problem.parsed, problem.torch_dtype, problem.tokens, problem.in_features)
-        seen |= {("bits", problem.parsed.bits), ("warps", config.num_warps), ("scaled", config.scale_weights)}
-        seen |= {("map", problem.parsed.value_map), ("group", problem.parsed.group_size), ("m", config.block_m)}
-    assert len(seen) == 8 + 4 + 2 + 3 + 8 + 5
+        seen |= {("bits", problem.parsed.bits), ("map", problem.parsed.value_map), ("group", problem.parsed.group_size)}
+        int8 = problem.parsed.activations
+        seen.add(("activations", None if int8 is None else int8.symmetric))
+        if isinstance(config, MatmulConfig):
+            seen |= {("warps", config.num_warps), ("scaled", config.scale_weights), ("m", config.block_m)}
+        else:
+            assert int8 is not None
+            seen.add(("torch", config.rows < problem.out_features))
+    assert len(seen) == 8 + 3 + 8 + 3 + 4 + 2 + 6 + 2
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter's turn is without one")
@@ -104,6 +111,12 @@ def test_stress_in_the_interpreter(tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert found["wrong"] == []
     assert found["impossible"] == {}
     assert json.loads((tmp_path / "stress.json").read_text()) == found
+
+    monkeypatch.setattr(stress, "INT8_SHARE", 1.0)
+    found = stress.run(6, seed=3, device="cpu", largest=80)
+    assert sum(found["right"].values()) >= 3
+    assert found["wrong"] == []
+    assert found["impossible"] == {}
 
     exact = tune.product
     monkeypatch.setattr(tune, "product", lambda *args: exact(*args) + torch.finfo(torch.float16).eps * 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -181,24 +182,6 @@ def test_proofs_are_exact(scheme: str, device: str) -> None:
     assert tune.refusal(operands, tune.truth(operands, problem), problem, config) is None
 
 
-@pytest.mark.parametrize("scheme", ["w8cs-a8s", "w8ts-a8", "w4g64-a8s", "w4g32-a8", "w8g48-a8s"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_proofs_of_codes_are_exact(scheme: str, dtype: str) -> None:
-    """What the oracle of quantized activations gives is the exact product: its codes stand for the very x."""
-    problem = tune.Problem(5, 33, 288, scheme, dtype)
-    operands = tune.exact_operands(problem, "cpu")
-    how = problem.parsed.activations
-    assert how is not None
-    code, scale, zero = reference_int8.quantize_activations(operands.x, how)
-    assert torch.equal(scale, torch.ones(5))
-    assert (zero is None) == how.symmetric
-    assert zero is None or bool((zero != 0).all())
-    assert torch.equal(reference_int8.dequantize_activations(code, scale, zero), operands.x.float())
-    weight = operands.packed, operands.scale, operands.zero
-    found = reference_int8.matmul(code, scale, zero, *weight, None, problem.parsed, problem.torch_dtype)
-    assert torch.equal(found, tune.truth(operands, problem))
-
-
 @pytest.mark.parametrize("scheme", ["w8cs-a8s", "w4g64-a8", "w8c-a8"])
 def test_codes_are_multiplied_by_the_configuration_that_is_tried(scheme: str, device: str) -> None:
     problem = tune.Problem(3, 33, 288, scheme, "bfloat16")
@@ -227,30 +210,47 @@ def test_static_activations_are_tuned_as_dynamic_ones() -> None:
         list(tune.problems([(8, 16)], ["w4g128", "w8cs-a8ts"], ["float16"], [1]))
 
 
-def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With times that a rule makes up: each round starts from the best of the one before."""
-    configs: dict[str, object] = {}
+Times = Callable[[object], float]
 
-    def product(_: object, __: object, config: object) -> torch.Tensor:
-        configs["last"] = config
-        return torch.zeros(())
 
-    def cold(candidates: dict[str, list[object]], seed: int) -> dict[str, timing.Timing]:
-        found = {}
-        for name, calls in candidates.items():
-            calls[0]()  # type: ignore[operator]
-            config = configs["last"]
-            us = 100.0
-            if isinstance(config, MatmulConfig):
-                us = 10 + abs(config.block_n - 128) + abs(config.splits - 6) + abs(config.num_stages - 5)
-            found[name] = timing.Timing(us, us, us, 30, 1)
-        return found
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], None]:
+    """Times of configurations, None for a dense product, are what a rule says."""
 
-    monkeypatch.setattr(tune, "product", product)
-    monkeypatch.setattr(tune, "refusal", lambda *_: None)
-    monkeypatch.setattr(timing, "cold", cold)
-    monkeypatch.setattr(timing, "l2_bytes", lambda: 1000)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    def use(us_of: Times) -> None:
+        ran: list[object] = []
+
+        def product(_: object, __: object, config: object) -> torch.Tensor:
+            ran.append(config)
+            return torch.zeros(())
+
+        def cold(candidates: dict[str, list[Callable[[], object]]], seed: int) -> dict[str, timing.Timing]:
+            found = {}
+            for name, calls in candidates.items():
+                ran.clear()
+                calls[0]()
+                us = us_of(ran[0] if ran else None)
+                found[name] = timing.Timing(us, us, us, 30, 1)
+            return found
+
+        monkeypatch.setattr(tune, "product", product)
+        monkeypatch.setattr(tune, "refusal", lambda *_: None)
+        monkeypatch.setattr(timing, "cold", cold)
+        monkeypatch.setattr(timing, "l2_bytes", lambda: 1000)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+
+    return use
+
+
+def test_the_fastest_is_kept(made_up: Callable[[Times], None]) -> None:
+    """Each round starts from the best of the one before."""
+
+    def us_of(config: object) -> float:
+        if isinstance(config, MatmulConfig):
+            return 10 + abs(config.block_n - 128) + abs(config.splits - 6) + abs(config.num_stages - 5)
+        return 100
+
+    made_up(us_of)
     problem = tune.Problem(1, 256, 4096, "w4g128", "bfloat16")
     found, refused = tune.best_of(problem, "cpu")
     assert refused == {}
@@ -258,6 +258,118 @@ def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.config.block_n, found.config.splits, found.config.num_stages) == (128, 6, 5)
     assert found.us == 10
     assert found.default_us > 70
+    assert found.dense_us is None
+
+
+@pytest.mark.parametrize(("torch_us", "kind"), [(5.0, DenseConfig), (50.0, MatmulConfig)])
+def test_the_faster_product_of_codes_is_kept(
+    torch_us: float, kind: type, made_up: Callable[[Times], None], tmp_path: pathlib.Path
+) -> None:
+    """Of this package's kernel and torch's; beside it stands what a dense product would take."""
+
+    def us_of(config: object) -> float:
+        return 7.0 if config is None else torch_us if isinstance(config, DenseConfig) else 20.0
+
+    made_up(us_of)
+    entries = [
+        tune.best_of(tune.Problem(tokens, 256, 128, "w8cs-a8s", "bfloat16"), "cpu")[0] for tokens in (16, 32, 64)
+    ]
+    few, more, many = entries
+    assert isinstance(few.config, MatmulConfig)  # torch takes more than 16 tokens
+    assert isinstance(more.config, kind)
+    assert isinstance(many.config, kind)
+    assert many.us == min(torch_us, 20)
+    assert (few.dense_us, more.dense_us, many.dense_us) == (None, None, 7.0)
+    path = tmp_path / "table.json"
+    tables.write(path, H200, {}, entries)
+    assert tables.read(path) == entries
+    printed = tune.report("title", entries).splitlines()
+    slower = "WARNING: slower than cuBLAS with a dense weight: w8cs-a8s 256 x 128 at 64 tokens (20.00 us, not 7.00)"
+    assert printed[-1] == slower if torch_us == 50 else "WARNING" not in "".join(printed)
+    assert sum("7.00" in line for line in printed if "WARNING" not in line) == 1
+
+
+def test_dense_products_have_weights_that_are_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 10_000)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    calls = tune.dense_calls(tune.Problem(3, 32, 64, "w8cs-a8s", "bfloat16"), x)
+    assert len(calls) == -(-3 * 10_000 // (2 * 32 * 64))
+    results = [call() for call in calls]
+    assert results[0].shape == (3, 32)
+    assert not torch.equal(results[0], results[1])
+
+
+INT8 = ["w8cs-a8s", "w8c-a8", "w8ts-a8", "w4g64-a8s", "w4g128s-a8", "w8g16-a8", "w4cs-bf16-a8s"]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 1024])
+@pytest.mark.parametrize("scheme", INT8)
+def test_candidates_of_products_of_codes(tokens: int, scheme: str) -> None:
+    problem = tune.Problem(tokens, 4096, 14336, scheme, "bfloat16")
+    given = problem.parsed, torch.bfloat16, tokens, 14336
+    default = choose.heuristic(tokens, 4096, 14336, problem.parsed, torch.bfloat16, H200)
+    found = tune.tiles(default, problem, H200)
+    assert found[0] == default
+    assert len(found) == len(set(found)) >= 5
+    dense = {config for config in found if isinstance(config, DenseConfig)}
+    # The whole weight as int8 is less than the workspace; 1024 rows of it stay in L2.
+    assert dense == ({DenseConfig(4096), DenseConfig(1024)} if scheme == "w8cs-a8s" and tokens > 16 else set())
+    best = next(config for config in found if isinstance(config, MatmulConfig))
+    for config in [*found, *tune.splits(best, problem, H200), *tune.pipelines(best, problem, H200)]:
+        tables.check(config)
+        assert tables.fits(config, *given)
+        if isinstance(config, MatmulConfig):
+            assert not config.scale_weights
+            assert 32 * config.num_warps * config.max_registers <= 65536
+    tiles = {(config.block_m, config.block_n) for config in found if isinstance(config, MatmulConfig)}
+    assert ((256, 128) in tiles) == ((128, 256) in tiles) == (tokens == 1024)
+    assert all(block_m <= max(16, 2 * tokens) for block_m, _ in tiles)
+
+
+@pytest.mark.parametrize("scheme", INT8)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_codes_of_a_proof_stand_for_x_exactly(scheme: str, dtype: str) -> None:
+    problem = tune.Problem(40, 24, 320, scheme, dtype)
+    operands, how = tune.exact_operands(problem, "cpu"), problem.parsed.activations
+    assert how is not None
+    code, scale, zero = reference_int8.quantize_activations(operands.x, how)
+    assert torch.equal(reference_int8.dequantize_activations(code, scale, zero), operands.x.float())
+    assert set(scale.tolist()) == {0.125, 0.25, 0.5, 1.0}
+    assert zero is None or len(zero.unique()) > 10
+    assert len(code.unique()) > 20  # not -1, 0 and 1 alone
+    y = reference_int8.matmul(
+        code, scale, zero, operands.packed, operands.scale, operands.zero, None, problem.parsed, problem.torch_dtype
+    )
+    assert torch.equal(y, tune.truth(operands, problem))
+    assert len(y.unique()) > 100
+
+
+@pytest.mark.parametrize("scheme", INT8)
+def test_proofs_of_products_of_codes_are_exact(scheme: str, device: str) -> None:
+    problem = tune.Problem(19, 40, 192, scheme, "bfloat16")
+    operands = tune.exact_operands(problem, device)
+    wanted = tune.truth(operands, problem)
+    fused = choose.fused(19, 40, 192, problem.parsed, torch.bfloat16, H200)
+    configs = [fused, dataclasses.replace(fused, splits=2)]
+    configs += [DenseConfig(16)] if scheme == "w8cs-a8s" else []
+    for config in configs:
+        assert tune.refusal(operands, wanted, problem, config) is None, config
+
+
+def test_a_proof_of_one_value() -> None:
+    """K = 1: the ends of a range cannot both be there."""
+    for scheme in ("w8c-a8", "w8c-a8s"):
+        problem = tune.Problem(5, 3, 1, scheme, "bfloat16")
+        operands, how = tune.exact_operands(problem, "cpu"), problem.parsed.activations
+        assert how is not None
+        codes = reference_int8.quantize_activations(operands.x, how)
+        assert torch.equal(reference_int8.dequantize_activations(*codes), operands.x.float())
+
+
+def test_tokens_of_products_of_codes() -> None:
+    found = list(tune.problems([(8, 16)], ["w4g128", "w8a8"], ["float16"], None))
+    tokens = {scheme: [p.tokens for p in found if p.scheme == scheme] for scheme in ("w4g128", "w8cs-a8s")}
+    assert tokens == {"w4g128": list(tune.TOKENS), "w8cs-a8s": [*tune.TOKENS, 2048, 4096, 8192]}
 
 
 def test_problems_come_with_few_tokens_first() -> None:
@@ -291,3 +403,13 @@ def test_tuning_on_a_gpu(tmp_path: pathlib.Path) -> None:
     entries = tables.read(path)
     assert [e.tokens for e in entries] == [1, 64]
     assert all(0 < e.us <= e.default_us * 1.2 for e in entries)
+
+
+@pytest.mark.gpu
+def test_tuning_products_of_codes_on_a_gpu(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "table.json"
+    command = ["tune", "--schemes", "w8a8", "w4a8", "--shapes", "512x1024", "--tokens", "1", "64", "--out", str(path)]
+    assert main(command) == 0
+    entries = tables.read(path)
+    assert [(e.scheme, e.tokens) for e in entries] == [(s, m) for s in ("w8cs-a8s", "w4g128-a8s") for m in (1, 64)]
+    assert [e.dense_us is None for e in entries] == [True, False] * 2

@@ -5,9 +5,10 @@ package. A file is one JSON object:
 
     device     as the driver names it; the file is named after it
     measured   {what: value}: date, versions, settings
-    entries    a list of {scheme, dtype, out_features, in_features, tokens, kind, config, us, default_us}: config holds
-               the fields of MatmulConfig (kind "fused") or DenseConfig (kind "dense"), us is its time, and default_us
-               that of what would have been launched without a table
+    entries    a list of {scheme, dtype, out_features, in_features, tokens, kind, config, us, default_us, dense_us}:
+               config holds the fields of MatmulConfig (kind "fused") or DenseConfig (kind "dense"), us is its time,
+               default_us that of what would have been launched without a table, and dense_us, null where it was not
+               measured, that of cuBLAS with a weight of x's dtype
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Entry:
     config: MatmulConfig | DenseConfig
     us: float
     default_us: float
+    dense_us: float | None = None
 
 
 def user_path(device: Device) -> pathlib.Path:
