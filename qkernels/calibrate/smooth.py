@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels import reference
+from qkernels import reference, reference_int8
 from qkernels.calibrate.batches import Batch, CalibrationError, Call, as_calls, evaluating, inputs_not_finite, run_batch
 from qkernels.calibrate.proof import Fold, Proof, equal, has_half, provider_of, scaled, tensors
+from qkernels.calibrate.ranges import Histogram, static_activation
 from qkernels.calibrate.walk import find_blocks, observe, record
 from qkernels.fit import fit
 from qkernels.scheme import Scheme
@@ -33,6 +34,8 @@ METHODS = ("awq", "smoothquant")
 
 _AWQ_POWERS = tuple(i / 20 for i in range(20))  # AWQ's a
 _SHARE = 0.5  # of the outliers of inputs, which SmoothQuant lets the weights take over
+_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # that are tried where inputs are quantized
+_TOKENS = 512  # that tell which is best
 _LEAST = 1e-4  # sizes of channels, relative to the largest: those that never come are not blown up without end
 
 
@@ -128,14 +131,11 @@ def _awq(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]]) -> Tensor:
         exponents = _whole(share * _log2(size))
         loss = 0.0
         for weight, scheme in weights:
-            stretched = scaled(weight, exponents)
             try:
-                scale, zero = fit(stretched, scheme, "rtn")
-            except ValueError:  # a scale that cannot be stored
+                miss = scaled(_rounded(scaled(weight, exponents), scheme), -exponents) - weight
+            except ValueError:
                 loss = float("inf")
                 break
-            code = reference.encode(stretched, scale, zero, scheme)
-            miss = scaled(reference.decode(code, scale, zero, scheme).float(), -exponents) - weight
             loss += float(((miss @ hessian) * miss).sum())
         if loss < least:
             best, least = exponents, loss
@@ -143,9 +143,44 @@ def _awq(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]]) -> Tensor:
 
 
 def _smoothquant(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]]) -> Tensor:
-    """Exponents (K,) of two of scales that share outliers between inputs and weights."""
-    largest = torch.stack([weight.abs().amax(0) for weight, _ in weights]).amax(0)
-    return _whole(_SHARE * _log2(x.abs().amax(0)) - (1 - _SHARE) * _log2(largest))
+    """Exponents (K,) of two of scales that share outliers between inputs and weights.
+
+    Where inputs are quantized, of several shares, and none, the one that loses least at the output.
+    """
+    largest = _log2(torch.stack([weight.abs().amax(0) for weight, _ in weights]).amax(0))
+    size = _log2(x.abs().amax(0))
+    if all(scheme.activations is None for _, scheme in weights):
+        return _whole(_SHARE * size - (1 - _SHARE) * largest)
+    tried = [torch.zeros_like(size, dtype=torch.int32)]
+    tried += [_whole(share * size - (1 - share) * largest) for share in _SHARES]
+    return min(tried, key=lambda exponents: _output_error(x, weights, exponents))
+
+
+def _output_error(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]], exponents: Tensor) -> float:
+    """The squared error of outputs on some of the tokens x, inputs and weights quantized after scaling.
+
+    Infinite where a scale cannot be stored.
+    """
+    some = x[:: max(1, x.shape[0] // _TOKENS)]
+    stretched = scaled(x, -exponents)
+    lost = 0.0
+    for weight, scheme in weights:
+        try:
+            w = _rounded(scaled(weight, exponents), scheme)
+        except ValueError:
+            return float("inf")
+        own = scaled(some, -exponents)
+        if (how := scheme.activations) is not None:
+            static = static_activation(Histogram.of(stretched), how, "mse") if how.static else None
+            own = reference_int8.dequantize_activations(*reference_int8.quantize_activations(own, how, static))
+        lost += float((own @ w.T - some @ weight.T).double().square().sum())
+    return lost
+
+
+def _rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+    """What the nearest codes stand for, float32; ValueError where a scale cannot be stored."""
+    scale, zero = fit(weight, scheme, "rtn")
+    return reference.decode(reference.encode(weight, scale, zero, scheme), scale, zero, scheme).float()
 
 
 def _log2(size: Tensor) -> Tensor:
