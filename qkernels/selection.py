@@ -105,7 +105,7 @@ def select(
                 if scheme is None or None in own.values():  # a layer's experts are quantized together
                     alone[f"{found[0]}.{p}"] = module
                 else:
-                    extras[f"{found[0]}.{p}"] = _projection(module, f"{found[0]}.{p}", scheme)
+                    extras[f"{found[0]}.{p}"] = _projection(module, p, scheme)
     for module, found in names.items():
         if isinstance(module, nn.Embedding):
             scheme = chosen(found, embeddings, module)
@@ -154,9 +154,7 @@ def _read_by_their_parents(model: nn.Module, names: Mapping[nn.Module, Sequence[
     }
 
 
-def _projection(module: nn.Module, path: str, scheme: Scheme) -> Extra:
-    name = path.rpartition(".")[2]
-
+def _projection(module: nn.Module, name: str, scheme: Scheme) -> Extra:
     def place(weight: QTensor) -> None:
         put_experts(module, name, weight)
 

@@ -183,6 +183,31 @@ def test_a_file_from_before_there_were_activations(tmp_path: pathlib.Path) -> No
     assert torch.equal(back["hidden_activation"], torch.ones(3))
 
 
+@pytest.mark.parametrize("scheme", ["w8cs-a8s", "w4g32-a8t"])
+@pytest.mark.parametrize("shard", ["2GB", "1B"])
+def test_converting_files_and_folders(scheme: str, shard: str, tmp_path: pathlib.Path) -> None:
+    """What is native stays what it is, with or without metadata of its own, in one file or several."""
+    q, k = _random(scheme), quantized(torch.randn(6, 80), scheme, torch.ones(3))
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = {"a.weight": q, "b.weight": k, "norm": torch.arange(3.0)}
+    qkernels.save(tensors, source / "model.safetensors")
+    assert cli.main(["convert", str(source / "model.safetensors"), str(tmp_path / "file.safetensors")]) == 0
+    entries = {f"{n}.weight": {"scheme": scheme, "shape": [6, 80]} for n in "ab"}
+    config = {"quant_method": "qkernels", "version": "1", "weights": entries}
+    (source / "config.json").write_text(json.dumps({"quantization_config": config}))
+    stored = safetensors.torch.load_file(source / "model.safetensors")
+    safetensors.torch.save_file(stored, source / "model.safetensors", {"format": "pt"})
+    assert cli.main(["convert", str(source), str(tmp_path / "folder"), "--max-shard-size", shard]) == 0
+    assert len(list((tmp_path / "folder").glob("*.safetensors"))) == (1 if shard == "2GB" else 3)
+    written = json.loads((tmp_path / "folder" / "config.json").read_text())["quantization_config"]
+    assert written["weights"] == entries
+    for path in (tmp_path / "file.safetensors", source, tmp_path / "folder"):
+        back = qkernels.formats.read(path)
+        assert _same(back["a.weight"], q)
+        assert _same(back["b.weight"], k)
+
+
 # ---- models ----
 
 

@@ -219,6 +219,34 @@ def test_what_a_config_cannot_ask_is_said_before_anything_is_loaded() -> None:
     assert asked.to_dict()["scheme"] == "w8cs-a8ts"
 
 
+@pytest.mark.parametrize(
+    ("scheme", "choices"),
+    [
+        ("w8cs-a8ts", {}),
+        ("w4g32-a8t", {"method": "gptq", "options": {"merge": True}}),
+        ("w8a8", {"options": {"smooth": "smoothquant"}}),
+    ],
+)
+def test_calibration_finds_static_ranges(scheme: str, choices: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    folder, arguments = saved("llama", tmp_path / "float"), models.inputs("llama")
+    batches = [torch.randint(0, 99, (4, 16), generator=torch.Generator().manual_seed(5))]
+    config = QKernelsConfig(scheme, calibration=batches, **choices)
+    model = load("llama", folder, quantization_config=config)
+    wanted = models.make("llama")
+    options = {**choices, **choices.get("options", {})}
+    options.pop("options", None)
+    qkernels.quantize_model(wanted, scheme, calibration=batches, progress=False, **options)
+    found = models.output(model, arguments)
+    assert torch.equal(found, models.output(wanted, arguments))
+    ranges = {n: t for n, t in model.state_dict().items() if n.endswith("weight_activation")}
+    assert bool(ranges) == Scheme.parse(scheme).is_static
+    assert all(torch.equal(t, wanted.state_dict()[n]) for n, t in ranges.items())
+    model.save_pretrained(tmp_path / "quantized")
+    for again in (load("llama", tmp_path / "quantized"), qkernels.load(tmp_path / "quantized")):
+        assert torch.equal(models.output(again, arguments), found)
+        assert not any(p.requires_grad for n, p in again.named_parameters() if n.endswith("weight_activation"))
+
+
 def test_schemes_by_name(tmp_path: pathlib.Path) -> None:
     """Some layers with quantized inputs, some without; experts, too, and an output layer beside its embedding."""
     folder, arguments = saved("mixtral", tmp_path / "float"), models.inputs("mixtral")
