@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import accuracy, floors, harness, matmul, peers, providers
+from benchmarks import accuracy, floors, harness, matmul, peers, providers, quantized_inputs
 from benchmarks.static_cost import GPUS
 from benchmarks.subjects import SUBJECTS
 from qkernels.demo.story import COLUMNS, rows
@@ -32,7 +32,8 @@ RESULT = ROOT / "benchmarks/results/demo/demo.json"
 MODEL, SCHEME = "Llama-3-8B", "w4g128"  # of the README's table of speed
 OURS = "qkernels"
 STATIC = ROOT / "benchmarks/results/static/matmul.json"
-STATIC_SCHEMES = ("w4g128", "w8g128", "w2g64", "w3g128")
+STATIC_INT8 = STATIC.with_name("int8.json")
+STATIC_SCHEMES = ("w4g128", "w8g128", "w2g64", "w3g128", "w8cs-a8s", "w4g128-a8s")
 STATIC_CAPABILITIES = (80, 89, 90)
 KINDS = ("matmul", "model", "energy", "matmul-w8a8", "matmul-w4a8")  # of result files that the README shows
 _WIDEST = 5  # schemes in a table of accuracy
@@ -70,6 +71,11 @@ def with_static(readme: str, records: Sequence[dict[str, Any]]) -> str:
 def with_accuracy(readme: str, path: pathlib.Path | None) -> str:
     """The README with the tables of the result file of benchmarks.accuracy between its markers, if there is one."""
     return _between(readme, "accuracy", "" if path is None else accuracy_block(path))
+
+
+def with_activations(readme: str, path: pathlib.Path | None) -> str:
+    """The README with the table of the result file of benchmarks.quantized_inputs, if there is one."""
+    return _between(readme, "activations", "" if path is None else activations_block(path))
 
 
 def _between(readme: str, name: str, text: str) -> str:
@@ -284,6 +290,39 @@ def _score(value: float) -> str:
     return f"{value:.2g}" if value >= 1e5 else f"{value:.0f}" if value >= 1e3 else f"{value:.4g}"
 
 
+def activations_block(path: pathlib.Path) -> str:
+    """What a result file of benchmarks.quantized_inputs says: ways to quantize inputs by models."""
+    record = json.loads(path.read_text())
+    models = record["models"]
+    entries = {(e["model"], e["scheme"], e["how"]): e for e in record["entries"]}
+    rows = [row for row in quantized_inputs.ROWS if any((model, *row) in entries for model in models)]
+    metrics = {model: SUBJECTS[model].metrics for model in models}
+    lines = [
+        (scheme, how, *(_activations_cell(entries.get((model, scheme, how)), list(metrics[model])) for model in models))
+        for scheme, how in rows
+    ]
+    headings = (f"{model}: {' / '.join(metrics[model].values())}" for model in models)
+    about = "; ".join(
+        f"{model}: {known['about']}" + (f", unquantized {known['perplexity']:.2f}" if "perplexity" in known else "")
+        for model, known in models.items()
+    )
+    found = record["machine"]
+    peer = f", torchao {found['torchao']}" if found["torchao"] else ""
+    return (
+        f"{markdown(('scheme', 'how', *headings), lines, text_columns=2)}\n{about}. In parentheses: of how many layers "
+        f"inputs are quantized, where not of all. Weights of 8 bits are rounded to nearest, those of 4 searched. "
+        f"float32 on a CPU, torch {found['torch']}{peer}, {record['date']}.\n"
+    )
+
+
+def _activations_cell(entry: dict[str, Any] | None, metrics: Sequence[str]) -> str:
+    if entry is None or "skipped" in entry:
+        return ""
+    scores = " / ".join(_score(entry[key]) for key in metrics)
+    inputs, layers = entry["quantized_inputs"], entry["layers"]
+    return scores if inputs in (0, layers) else f"{scores} ({inputs} of {layers})"
+
+
 def _weights(variant: dict[str, Any]) -> str:
     return "bfloat16" if variant["scheme"] is None else str(variant["name"])
 
@@ -329,9 +368,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     readme = README.read_text()
     wanted = with_table(readme, json.loads(RESULT.read_text()))
-    wanted = with_static(wanted, json.loads(STATIC.read_text()))
+    wanted = with_static(wanted, json.loads(STATIC.read_text()) + json.loads(STATIC_INT8.read_text()))
     wanted = with_speed(wanted, *map(harness.newest, KINDS))
     wanted = with_accuracy(wanted, harness.newest("accuracy"))
+    wanted = with_activations(wanted, harness.newest(quantized_inputs.KIND))
     if options.check:
         print(
             "README.md is up to date" if readme == wanted else "README.md is out of date: python -m benchmarks.readme"

@@ -610,7 +610,7 @@ def test_the_readme_has_the_newest_result(
     assert all("w4g128" in picture.name for picture in shown)
     (tmp_path / "README.md").write_text(
         f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n"
-        f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n{EMPTY}"
+        f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n<!-- activations:begin -->\n<!-- activations:end -->\n{EMPTY}"
     )
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(harness, "newest", {"matmul": results}.get)

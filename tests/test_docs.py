@@ -22,7 +22,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "name", ["qkernels.scheme", "qkernels.tensor", "qkernels.model", "qkernels.planning.plan", "qkernels.nn"]
+    "name",
+    [
+        "qkernels.scheme",
+        "qkernels.tensor",
+        "qkernels.model",
+        "qkernels.planning.plan",
+        "qkernels.nn",
+        "qkernels.activations",
+    ],
 )
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name), raise_on_error=False)
@@ -31,12 +39,32 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 def test_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(example, names)
     assert isinstance(names["y"], torch.Tensor)
     assert names["y"].shape == (3, 4096)
     assert "scheme='w4g128', 8,781,824 bytes, 4.19 bits per weight" in capsys.readouterr().out
+
+
+def test_examples_of_quantized_activations() -> None:
+    """Line by line, each on a model of its own; then layers that share codes."""
+    _, whole, shared = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    batches = [models.inputs("llama")["input_ids"]]
+    for line in whole.splitlines():
+        names = {"qkernels": qkernels, "model": models.make("llama"), "batches": batches}
+        exec(line, names)
+        layer = names["model"].model.layers[0].self_attn.q_proj  # type: ignore[union-attr]
+        assert layer.scheme.activations is not None
+    model = models.make("llama")
+    qkernels.quantize_model(model, "w8a8", progress=False)
+    norm, attention = model.model.layers[0].input_layernorm, model.model.layers[0].self_attn
+    hidden = torch.randn(2, 5, norm.weight.numel())
+    projections = {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")}
+    names = {"qkernels": qkernels, "hidden": hidden, "norm": norm, **projections}
+    exec(shared, names)
+    wanted = attention.q_proj(norm(hidden)).detach()
+    torch.testing.assert_close(names["q"].detach(), wanted, rtol=0.1, atol=0.05 * float(wanted.abs().max().detach()))
 
 
 def test_lines_of_ours_for_those_who_come_from_elsewhere(
