@@ -56,7 +56,7 @@ def with_speed(
 
     Floors stand there if there is no file of products; of the other kinds, nothing.
     """
-    blocks = [floor_block() if products is None else speed_block(products, SCHEME)]
+    blocks = [floor_block() if products is None else speed_block(products)]
     blocks += [speed_block(path, name) for path, name in ((w8a8, "w8a8"), (w4a8, "w4a8")) if path is not None]
     blocks += [] if model is None else [decode_block(model)]
     blocks += [] if energy is None else [energy_block(energy)]
@@ -151,7 +151,7 @@ def floor_block() -> str:
     )
 
 
-def speed_block(path: pathlib.Path, scheme: str) -> str:
+def speed_block(path: pathlib.Path, scheme: str = SCHEME) -> str:
     """What a result file of benchmarks.matmul says of one model and scheme."""
     record, parsed = json.loads(path.read_text()), Scheme.parse(scheme)
     int8 = parsed.activations is not None

@@ -57,7 +57,7 @@ def test_bytes_of_codes_are_those_of_codes(scheme: str) -> None:
     assert floors.codes_bytes(5, 64, W8A8.weight_only) == 0
 
 
-def test_rates_of_gpus_by_their_names() -> None:
+def test_rates_by_the_names_of_devices() -> None:
     rates = {
         name: floors.int8_rate(name) / 1e12
         for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA L40S", "NVIDIA GeForce RTX 4090")
@@ -172,6 +172,9 @@ def test_wrong_codes_are_found() -> None:
     for change in (tokens_mixed_up, one_step_higher):
         wrong = dataclasses.replace(prepared, enter=lambda x, change=change: change(prepared.enter(x)))
         assert "multiplies another x" in str(products.check(wrong, x))
+    step = x.float().abs().amax(1, keepdim=True) / 127
+    cut_off = dataclasses.replace(prepared, seen=lambda operand: torch.trunc(x.float() / step) * step)
+    assert "off by 0.99" in str(products.check(cut_off, x))  # steps; rounding is off by half of one at most
     lost = dataclasses.replace(prepared, seen=lambda operand: prepared.seen(operand) * torch.nan)
     assert "multiplies another x" in str(products.check(lost, x))
     scaled = dataclasses.replace(PROVIDERS["cublas"].prepare(PROBLEM, 0, "cpu"), seen=lambda x: x * 1.01)

@@ -499,7 +499,7 @@ def test_the_readme_has_decoding_and_energy(tmp_path: pathlib.Path, monkeypatch:
 
     (tmp_path / "README.md").write_text(
         f"<!-- demo:begin -->\n<!-- demo:end -->\n<!-- static:begin -->\n<!-- static:end -->\n"
-        f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n{empty}"
+        f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n<!-- activations:begin -->\n<!-- activations:end -->\n{empty}"
     )
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")

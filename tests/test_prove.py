@@ -86,7 +86,7 @@ def test_without_a_gpu(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str
 
 def test_stress_covers_much_and_only_what_is_possible() -> None:
     generator = random.Random(0)
-    seen = set()
+    seen, by_torch = set(), 0
     for _ in range(1500):
         problem = stress.random_problem(generator, 2100)
         assert problem.in_features >= 16 <= problem.tokens + 15
@@ -101,6 +101,8 @@ def test_stress_covers_much_and_only_what_is_possible() -> None:
         else:
             assert int8 is not None
             seen.add(("torch", config.rows < problem.out_features))
+            by_torch += 1
+    assert by_torch > 15
     assert len(seen) == 8 + 3 + 8 + 3 + 4 + 2 + 6 + 2
 
 

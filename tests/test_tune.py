@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qkernels import reference_int8, tune
+from qkernels import reference, reference_int8, tune
 from qkernels.cli import main
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose, tables, timing
@@ -321,6 +321,9 @@ def test_candidates_of_products_of_codes(tokens: int, scheme: str) -> None:
         if isinstance(config, MatmulConfig):
             assert not config.scale_weights
             assert 32 * config.num_warps * config.max_registers <= 65536
+            sums = config.block_m * config.block_n // (32 * config.num_warps)
+            if config in found[2:] and config.num_warps == 8:  # two programs at a time, if sums leave room
+                assert config.max_registers == (255 if sums > 64 else 128)
     tiles = {(config.block_m, config.block_n) for config in found if isinstance(config, MatmulConfig)}
     assert ((256, 128) in tiles) == ((128, 256) in tiles) == (tokens == 1024)
     assert all(block_m <= max(16, 2 * tokens) for block_m, _ in tiles)
@@ -354,6 +357,29 @@ def test_proofs_of_products_of_codes_are_exact(scheme: str, device: str) -> None
     configs += [DenseConfig(16)] if scheme == "w8cs-a8s" else []
     for config in configs:
         assert tune.refusal(operands, wanted, problem, config) is None, config
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "rows"), [(512, 4096, [512]), (57344, 8192, [28672, 2048])])
+def test_rows_of_torchs_product_of_codes(out_features: int, in_features: int, rows: list[int]) -> None:
+    """As many as the workspace holds as int8, and as many as stay in L2; never more than there are."""
+    problem = tune.Problem(64, out_features, in_features, "w8cs-a8s", "bfloat16")
+    found = tune.tiles(DenseConfig(rows[0]), problem, H200)
+    assert [config.rows for config in found if isinstance(config, DenseConfig)] == rows
+
+
+@pytest.mark.parametrize("scheme", ["w8g16-a8", "w8c-a8s", "w4g64-a8s", "w4g128s-a8"])
+@pytest.mark.parametrize("in_features", [64, 4096, 14336])
+def test_sums_of_a_proof_are_exact_in_float32(scheme: str, in_features: int) -> None:
+    """Whatever part of them comes first, in the smallest scale that there is; of one group before it is scaled."""
+    problem = tune.Problem(3, 8, in_features, scheme, "bfloat16")
+    operands, how = tune.exact_operands(problem, "cpu"), problem.parsed.activations
+    assert how is not None
+    _, x_scale, _ = reference_int8.quantize_activations(operands.x, how)
+    smallest = operands.scale.float().min(dim=0).values
+    weight = operands.packed, operands.scale, operands.zero
+    w = reference.dequantize(*weight, problem.parsed, in_features, torch.float32) / smallest[:, None]
+    size = (operands.x.float() / x_scale[:, None]).abs().double() @ w.abs().double().T
+    assert size.max() <= 2**24
 
 
 def test_a_proof_of_one_value() -> None:
