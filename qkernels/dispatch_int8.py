@@ -131,7 +131,7 @@ def _dense(
     dtype: torch.dtype,
     config: DenseConfig,
 ) -> Tensor:
-    """Some rows of 8-bit symmetric weights at a time, as int8 in a workspace, by cuBLAS: see choose.has_dense_int8.
+    """Some rows of 8-bit symmetric weights at a time, as int8 in a workspace, by cuBLAS: see tables.fits.
 
     Packed bytes lie in the order of activations already. cuBLAS wants multiples of 8 rows: what is in those that fill
     the workspace up is never read.

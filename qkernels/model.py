@@ -87,7 +87,8 @@ def quantize_model(
             from there. It is yours to remove.
         ranges: how static ranges of inputs, of schemes such as "w8cs-a8ts", are found, from batches as for "search":
             "minmax" covers all that comes, "percentile" 99.99 % of it, "mse" loses least of the inputs' square. Weights
-            get the codes that they have without quantized activations. Layers that see no batch, and experts, are
+            get the codes that they have without quantized activations (with "smoothquant" other columns of them may be
+            scaled). Layers that see no batch, and experts, are
             dynamic instead; the report says so.
         fallback: the most that quantizing its inputs may lose at a layer's output, relative to it, on such batches, say
             0.05: where it is more, the layer's inputs stay as they are; the report says where. None: nowhere.

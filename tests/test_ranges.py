@@ -267,9 +267,9 @@ def test_layers_whose_inputs_are_never_seen_are_dynamic(zeros: bool) -> None:
     [
         ({"method": "rtn"}, "w4g32-a8s", None),
         ({"method": "rtn"}, "w4g32-a8t", None),
-        ({}, "w4g32-a8ts", "smoothquant"),
+        ({}, "w4g32-a8ts", "awq"),
         ({"method": "hqq"}, "w4g32-a8", None),
-        ({"method": "gptq"}, "w4g32-a8t", "smoothquant"),
+        ({"method": "gptq"}, "w4g32-a8t", "awq"),
         ({"method": "gptq", "rounding": 2}, "w4g32-a8s", None),
         ({"method": "gptq", "distill": 1}, "w4g32-a8t", None),
     ],

@@ -432,3 +432,22 @@ def test_smoothing_is_the_same_where_a_calibration_goes_on(
 def test_bad_requests_say_what_is_accepted(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         qkernels.quantize_model(nn.Sequential(nn.Linear(32, 32)), "w4g32", progress=False, **options)
+
+
+@pytest.mark.parametrize("text", ["w8cs-a8s", "w4g32-a8", "w8cs-a8ts"])
+def test_smoothquant_takes_the_share_that_loses_least_where_inputs_are_quantized(text: str) -> None:
+    """One channel is a hundred times the others: some share helps, and none is better than the one taken."""
+    scheme = Scheme.parse(text)
+    x = torch.randn(200, 64)
+    x[:, 7] *= 100
+    weights = [(torch.randn(32, 64), scheme), (torch.randn(16, 64), scheme)]
+    found = smooth_module._smoothquant(x, weights)
+    assert found[7] > found.float().mean()  # inputs of this channel become smaller, its weights larger
+    largest = torch.stack([w.abs().amax(0) for w, _ in weights]).amax(0)
+    errors = []
+    for share in smooth_module._SHARES:
+        exact = share * x.abs().amax(0).log2() - (1 - share) * largest.log2()
+        exponents = (exact - (exact.max() + exact.min()) / 2).round().int()
+        errors.append(smooth_module._output_error(x, weights, exponents))
+    plain = smooth_module._output_error(x, weights, torch.zeros_like(found))
+    assert smooth_module._output_error(x, weights, found) == min(errors) < 0.5 * plain

@@ -96,7 +96,10 @@ def fused(
     tile = (
         _tile(tokens, scheme, dtype) if scheme.activations is None else _tile_int8(tokens, out_features, scheme, device)
     )
-    return dataclasses.replace(tile, splits=_splits(tile, tokens, out_features, in_features, scheme, device))
+    splits = _splits(tile, tokens, out_features, in_features, scheme, device)
+    if splits > 1 and scheme.activations is not None:
+        tile = dataclasses.replace(tile, max_registers=255)  # integer sums, written as they are, take more at the end
+    return dataclasses.replace(tile, splits=splits)
 
 
 def dense(out_features: int, in_features: int, dtype: torch.dtype) -> DenseConfig:
