@@ -53,9 +53,10 @@ _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W",
 # The caching allocator would hide accesses past the end of a tensor; a fresh process compiles before it is watched.
 _WATCHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 # What proves kernels needs torch, numpy and pytest; what uses them, transformers and matplotlib too.
-_KERNEL_TESTS = ("gpu", "kernels", "kernels_int8", "rounding", "tune")
+_KERNEL_TESTS = ("gpu", "gpu_int8", "kernels", "kernels_int8", "rounding", "tune")
 _LAYER_TESTS = ("merge", "gpu_models", "benchmarks", "benchmarks_int8", "model_benchmark")
 _EXACT = "is_exact or codes_are_exact or one_hot or around"
+_LARGE = ("tests/test_gpu.py", "tests/test_gpu_int8.py", "-k", "exact or equal or gives_the")
 _SMALL = ("tests/test_kernels.py", "tests/test_kernels_int8.py", "-k", _EXACT)
 
 
@@ -92,7 +93,7 @@ def stages(out: pathlib.Path, seconds: float, device: Device) -> list[Stage]:
         return Stage(name, command, weight, environment=tuned)
 
     return [
-        Stage("exact", (*_PYTEST, "tests/test_gpu.py", "-k", "exact or equal"), 0.05, proof=True),
+        Stage("exact", (*_PYTEST, *_LARGE), 0.05, proof=True),
         Stage(
             "stress", module("benchmarks.stress", "--seconds", share(0.04), "--out", out / "stress.json"), 0.05,
             proof=True,

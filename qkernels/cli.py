@@ -189,8 +189,8 @@ def _quantize(options: argparse.Namespace) -> None:
         raise ValueError("--skip is for --scheme: a plan names the layers that it quantizes")
     plan = None if options.plan is None else Plan.load(options.plan)
     scheme = None if plan is not None else Scheme.parse(options.scheme)
-    for asked in [layer.scheme for layer in plan.layers] if plan is not None else [Scheme.parse(options.scheme)]:
-        if asked.is_static:
+    for asked in (scheme,) if plan is None else (layer.scheme for layer in plan.layers):
+        if asked is not None and asked.is_static:
             raise ValueError(
                 f"{asked} has static activations, whose scale calibration finds, which a file of weights cannot be run "
                 "for: use qkernels.quantize_model(model, ..., calibration=...), or take dynamic ones, such as w8a8"

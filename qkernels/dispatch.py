@@ -143,9 +143,7 @@ def _regular(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As the kernels take them, copied where they are not: x, packed and bias dense, but for rows of x with gaps."""
-    if not (x.dim() == 2 and x.stride(1) == 1):
-        x = x.contiguous()
-    return x, *regular_weight(packed, scale, zero, bias)
+    return dispatch_int8.regular_tokens(x), *regular_weight(packed, scale, zero, bias)
 
 
 def regular_weight(

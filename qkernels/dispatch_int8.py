@@ -37,9 +37,9 @@ def quantize_activations(
 
 def quantizer(x: Tensor, scheme: Scheme, norm: Tensor | None = None, eps: float = 0.0) -> Quantizer:
     """What quantizes x, and tokens like them in shape, strides, dtype and GPU, none empty."""
-    regular, dtypes = _rows(x), (x.dtype, None if norm is None else norm.dtype)
+    regular, dtypes = regular_tokens(x), (x.dtype, None if norm is None else norm.dtype)
     quantize = _quantizer(regular.shape, regular.stride(), dtypes, x.get_device(), scheme, eps)
-    return quantize if regular is x else lambda x, static, norm: quantize(_rows(x), static, norm)
+    return quantize if regular is x else lambda x, static, norm: quantize(regular_tokens(x), static, norm)
 
 
 def forget() -> None:
@@ -58,8 +58,8 @@ def packed_oracle(x: Tensor, scheme: Scheme, static: Tensor | None, norm: Tensor
     return codes.reshape(*shape, codes.shape[1]), scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """As the kernel takes tokens: contiguous, but for rows with gaps."""
+def regular_tokens(x: Tensor) -> Tensor:
+    """As kernels take tokens: contiguous, but for rows with gaps."""
     return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
 
 

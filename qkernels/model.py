@@ -88,8 +88,7 @@ def quantize_model(
         ranges: how static ranges of inputs, of schemes such as "w8cs-a8ts", are found, from batches as for "search":
             "minmax" covers all that comes, "percentile" 99.99 % of it, "mse" loses least of the inputs' square. Weights
             get the codes that they have without quantized activations (with "smoothquant" other columns of them may be
-            scaled). Layers that see no batch, and experts, are
-            dynamic instead; the report says so.
+            scaled). Layers that see no batch, and experts, are dynamic instead; the report says so.
         fallback: the most that quantizing its inputs may lose at a layer's output, relative to it, on such batches, say
             0.05: where it is more, the layer's inputs stay as they are; the report says where. None: nowhere.
         skip: patterns (as of fnmatch) of module names to leave alone.
@@ -243,7 +242,7 @@ def _batches(
     Raises:
         ValueError: there are none, but what is asked for cannot do without.
     """
-    static = next((s for _, s in plan.values() if s.dynamic != s), None)
+    static = next((s for _, s in plan.values() if s.is_static), None)
     activations = any(s.activations is not None for _, s in plan.values())
     needs = None
     if activations and choice.fallback is not None:

@@ -31,8 +31,8 @@ class QuantModule(nn.Module):
     They are parameters because sharding, offloading and tensor-parallel tools move parameters only: `weight` (packed,
     int32), `weight_scale`, unless the scheme is symmetric `weight_zero` (uint8 zeros or float offsets), where the
     weight has an order of inputs of its own `weight_order` (int32), and where activations are static
-    `weight_activation` (float32). `.half()`, `.to(dtype)` and the like convert none
-    of them: another scale would be another weight.
+    `weight_activation` (float32). `.half()`, `.to(dtype)` and the like convert none of them: another scale would be
+    another weight.
     """
 
     weight: nn.Parameter

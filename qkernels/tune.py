@@ -208,10 +208,8 @@ def problems(
     """
     every = list(dict.fromkeys(shapes))
     for scheme in map(Scheme.parse, schemes):
-        if scheme.activations is not None and scheme.activations.static:
-            dynamic = dataclasses.replace(scheme.activations, static=False)
-            same = dataclasses.replace(scheme, activations=dynamic)
-            raise ValueError(f"{scheme} is multiplied as {same} is, and served by its entries: tune that")
+        if scheme.is_static:
+            raise ValueError(f"{scheme} is multiplied as {scheme.dynamic} is, and served by its entries: tune that")
         for dtype in dtypes:
             for m in sorted(set(tokens or (INT8_TOKENS if scheme.activations else TOKENS))):
                 for out_features, in_features in every:

@@ -55,6 +55,14 @@ def test_nothing_is_timed_once_a_proof_has_failed(tmp_path: pathlib.Path) -> Non
     assert _statuses(tmp_path) == {"proof": 1, "speed": "not run: a proof failed", "other proof": 0}
 
 
+def test_every_test_that_only_a_gpu_runs_is_in_a_stage(tmp_path: pathlib.Path) -> None:
+    told = {argument for stage in prove.stages(tmp_path, 3600, H200) for argument in stage.command}
+    files = pathlib.Path(__file__).parent.glob("test_*.py")
+    only = {f"tests/{file.name}" for file in files if "\npytestmark = pytest.mark.gpu\n" in file.read_text()}
+    assert "tests/test_gpu_int8.py" in only
+    assert only <= told
+
+
 def test_commands_exist(tmp_path: pathlib.Path) -> None:
     """Modules take the options that stages give them, as far as that shows without a GPU."""
     found = prove.stages(tmp_path, 3600, H200)

@@ -160,7 +160,7 @@ def _attached(
     """Weights with the whole schemes of their layers: dynamic where no range was found."""
     for name, weight, method in weights:
         scheme, activation = plan[name][1], ranges.get(name)
-        if activation is None and scheme.dynamic != scheme:
+        if activation is None and scheme.is_static:
             scheme, method = scheme.dynamic, f"{method} (inputs never seen: dynamic)"
         yield name, Chosen(dataclasses.replace(weight, scheme=scheme, activation=activation), method)
 

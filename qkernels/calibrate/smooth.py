@@ -28,7 +28,7 @@ from qkernels.calibrate.proof import Fold, Proof, equal, has_half, provider_of, 
 from qkernels.calibrate.ranges import Histogram, static_activation
 from qkernels.calibrate.walk import find_blocks, observe, record
 from qkernels.fit import fit
-from qkernels.scheme import Scheme
+from qkernels.scheme import Activations, Scheme
 
 METHODS = ("awq", "smoothquant")
 
@@ -162,19 +162,26 @@ def _output_error(x: Tensor, weights: Sequence[tuple[Tensor, Scheme]], exponents
     Infinite where a scale cannot be stored.
     """
     some = x[:: max(1, x.shape[0] // _TOKENS)]
-    stretched = scaled(x, -exponents)
+    read: dict[Activations | None, Tensor] = {}  # by how they are quantized: layers that share inputs mostly agree
     lost = 0.0
     for weight, scheme in weights:
         try:
             w = _rounded(scaled(weight, exponents), scheme)
         except ValueError:
             return float("inf")
-        own = scaled(some, -exponents)
-        if (how := scheme.activations) is not None:
-            static = static_activation(Histogram.of(stretched), how, "mse") if how.static else None
-            own = reference_int8.dequantize_activations(*reference_int8.quantize_activations(own, how, static))
-        lost += float((own @ w.T - some @ weight.T).double().square().sum())
+        if scheme.activations not in read:
+            read[scheme.activations] = _as_read(x, some, exponents, scheme.activations)
+        lost += float((read[scheme.activations] @ w.T - some @ weight.T).double().square().sum())
     return lost
+
+
+def _as_read(x: Tensor, some: Tensor, exponents: Tensor, how: Activations | None) -> Tensor:
+    """Some of the tokens x, scaled, as their codes have them; static ranges are those of all of x."""
+    own = scaled(some, -exponents)
+    if how is None:
+        return own
+    static = static_activation(Histogram.of(scaled(x, -exponents)), how, "mse") if how.static else None
+    return reference_int8.dequantize_activations(*reference_int8.quantize_activations(own, how, static))
 
 
 def _rounded(weight: Tensor, scheme: Scheme) -> Tensor:

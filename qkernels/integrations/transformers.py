@@ -83,11 +83,6 @@ class QKernelsConfig(QuantizationConfigMixin):
             self._check_activations()
             if method != "gptq" or calibration is None:
                 check_method(method, None)
-            static = next((s for s in (self.scheme, *self.schemes.values()) if s is not None and s.dynamic != s), None)
-            if static is not None and calibration is None:
-                raise ValueError(
-                    f"scheme '{static}' has static activations, which need calibration; '{static.dynamic}' needs none"
-                )
             if self.options and calibration is None:
                 raise ValueError(f"options ({', '.join(self.options)}) need calibration")
         elif not isinstance(weights, Mapping):
