@@ -28,6 +28,7 @@ from qkernels.calibrate.batches import CalibrationError
 from qkernels.model import quantize_model
 from qkernels.nn import QuantLinear
 from qkernels.replace import places
+from qkernels.scheme import Scheme
 
 RESULT = harness.RESULTS / "accuracy/quantized_inputs.json"
 KIND = "quantized-inputs"
@@ -89,8 +90,8 @@ def measure(subject: Subject, scheme: str, how: str) -> harness.Record:
     if how == TORCHAO:
         if importlib.util.find_spec("torchao") is None:
             return {"skipped": "not installed"}
-        names = set(_by_torchao(model))
-        inputs = layers = len(names)
+        layers = inputs = len(set(_by_torchao(model)))
+        static = 0
     else:
         options = dict(ROWS[scheme, how])
         if options["method"] != "rtn" or len(options) > 1:
@@ -99,10 +100,13 @@ def measure(subject: Subject, scheme: str, how: str) -> harness.Record:
             report = quantize_model(model, scheme, progress=False, **options)
         except CalibrationError as error:
             return {"skipped": str(error)}
-        layers, inputs = len(report.layers), sum("-a8" in layer.scheme for layer in report.layers)
+        schemes = [Scheme.parse(layer.scheme) for layer in report.layers]
+        layers, inputs = len(schemes), sum(s.activations is not None for s in schemes)
+        static = sum(s.is_static for s in schemes)
         replace_layers(model)
     seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 1), "layers": layers, "quantized_inputs": inputs, **subject.score(model)}
+    counts = {"layers": layers, "quantized_inputs": inputs, "static_inputs": static}
+    return {"seconds": round(seconds, 1), **counts, **subject.score(model)}
 
 
 def _by_torchao(model: nn.Module) -> Sequence[str]:
@@ -156,8 +160,10 @@ def line(entry: harness.Record) -> str:
     figures = (
         f"{heading} {accuracy.with_error(entry, key)}" for key, heading in SUBJECTS[entry["model"]].metrics.items()
     )
-    inputs = f"inputs of {entry['quantized_inputs']} of {entry['layers']} layers quantized"
-    return f"{start}{', '.join(figures)}; {inputs}, {entry['seconds']} s"
+    counts = (
+        f"{entry['quantized_inputs']} of {entry['layers']} layers quantized, {entry['static_inputs']} of them static"
+    )
+    return f"{start}{', '.join(figures)}; inputs of {counts}, {entry['seconds']} s"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -310,7 +310,8 @@ def activations_block(path: pathlib.Path) -> str:
     peer = f", torchao {found['torchao']}" if found["torchao"] else ""
     return (
         f"{markdown(('scheme', 'how', *headings), lines, text_columns=2)}\n{about}. In parentheses: of how many layers "
-        f"inputs are quantized, where not of all. Weights of 8 bits are rounded to nearest, those of 4 searched. "
+        "inputs are quantized, where not of all, and how many are static, where some are not. Weights of 8 bits are "
+        "rounded to nearest, those of 4 searched. "
         f"float32 on a CPU, torch {found['torch']}{peer}, {record['date']}.\n"
     )
 
@@ -319,8 +320,9 @@ def _activations_cell(entry: dict[str, Any] | None, metrics: Sequence[str]) -> s
     if entry is None or "skipped" in entry:
         return ""
     scores = " / ".join(_score(entry[key]) for key in metrics)
-    inputs, layers = entry["quantized_inputs"], entry["layers"]
-    return scores if inputs in (0, layers) else f"{scores} ({inputs} of {layers})"
+    inputs, layers, static = entry["quantized_inputs"], entry["layers"], entry.get("static_inputs")
+    mixed = f", {static} static" if static not in (None, 0, inputs) else ""
+    return f"{scores} ({inputs} of {layers}{mixed})" if mixed or inputs not in (0, layers) else scores
 
 
 def _weights(variant: dict[str, Any]) -> str:

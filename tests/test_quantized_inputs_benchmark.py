@@ -73,7 +73,8 @@ def test_rows_are_measured_once_and_differ_as_they_should(
     assert list(found) == [row for row in quantized_inputs.ROWS if quantized_inputs.TORCHAO not in row]
     assert found["w8cs", ""]["kl"] < found["w8cs-a8s", ""]["kl"] < 0.2
     assert [found[row]["quantized_inputs"] for row in (("w8cs", ""), ("w8cs-a8s", ""))] == [0, 14]
-    assert "inputs of 14 of 14 layers quantized" in quantized_inputs.line(found["w8cs-a8s", ""])
+    assert "inputs of 14 of 14 layers quantized, 0 of them static" in quantized_inputs.line(found["w8cs-a8s", ""])
+    assert found["w8cs-a8ts", "mse"]["static_inputs"] == 14
     monkeypatch.setattr(quantized_inputs, "measure", lambda *args: {"skipped": "new"})
     again = quantized_inputs.run(path, [subject], [("w8cs", ""), ("w8cs-a8s", quantized_inputs.TORCHAO)])
     assert [e["skipped"] for e in again["entries"] if "skipped" in e] == ["new"]
@@ -88,13 +89,13 @@ def test_the_table_shows_each_row(measured: tuple[pathlib.Path, _Subject, Any]) 
     path, _, record = measured
     path.write_text(json.dumps(record))
     entry = next(e for e in record["entries"] if e["how"] == "mse, fallback 0.05")
-    entry["quantized_inputs"] = 5
+    entry.update(quantized_inputs=5, static_inputs=3)
     path.write_text(json.dumps(record))
     block = readme.activations_block(path)
     lines = [line for line in block.splitlines() if line.startswith("| w")]
     assert len(lines) == len(record["entries"])
     shown = next(line for line in lines if "mse, fallback 0.05" in line and "smooth" not in line)
-    assert f"{entry['kl']:.4g} / {entry['perplexity']:.4g} (5 of 14) |" in shown
+    assert f"{entry['kl']:.4g} / {entry['perplexity']:.4g} (5 of 14, 3 static) |" in shown
     assert "| w8cs |  | " in block
     text = "a\n<!-- activations:begin -->\nold<!-- activations:end -->\nb"
     assert readme.with_activations(text, None) == "a\n<!-- activations:begin -->\n<!-- activations:end -->\nb"

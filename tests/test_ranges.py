@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import weakref
@@ -360,7 +361,7 @@ def test_only_the_layer_that_was_made_bad_keeps_its_inputs(scheme: str) -> None:
         assert layer.method == ("search (inputs not quantized)" if bad else "search")
         assert (quantized.weight_activation is not None) == (not bad and "t" in scheme)
         x, w = _inputs(original, BATCHES, layer.name), quantized.qweight.dequantize()
-        how = Scheme.parse(scheme).activations
+        how = Scheme.parse(scheme).activations if not bad else Scheme.parse(scheme).dynamic.activations  # tried last
         assert how is not None
         activation = static_activation(Histogram.of(x), how, "minmax") if how.static else None
         lost = reference_int8.dequantize_activations(*reference_int8.quantize_activations(x, how, activation)) - x
@@ -375,6 +376,35 @@ def test_only_the_layer_that_was_made_bad_keeps_its_inputs(scheme: str) -> None:
     error = next(layer.activation_error for layer in report.layers if layer.inputs_left)
     assert error is not None
     assert row.split()[-2:] == [f"{100 * error:.3g}", "%"]
+
+
+def test_a_static_range_that_loses_too_much_gives_way_to_a_scale_for_each_token() -> None:
+    batches = [batch.clone() for batch in BATCHES]
+    batches[0][0, 0, 5] = 1e3  # one token takes the range from all others, by a feature that no weight looks at
+    model, original = _model(), _model()
+    with torch.no_grad():
+        for m in (*model, *original):
+            for linear in (m.q_proj, m.k_proj, m.v_proj):
+                linear.weight[:, 5] = 0
+    report = qkernels.quantize_model(
+        model, "w8cs-a8ts", skip=["*.spare"], calibration=batches, ranges="minmax", fallback=0.1, progress=False
+    )
+    assert not any(layer.inputs_left for layer in report.layers)
+    for layer in report.layers:
+        quantized, linear = model.get_submodule(layer.name), original.get_submodule(layer.name)
+        assert isinstance(quantized, QuantLinear)
+        assert isinstance(linear, nn.Linear)
+        changed = not layer.name.endswith("out")
+        assert layer.scheme == str(quantized.scheme) == ("w8cs-a8s" if changed else "w8cs-a8ts")
+        assert layer.method == ("search (inputs dynamic)" if changed else "search")
+        assert (quantized.weight_activation is None) == changed
+        kept = activation_errors(original, {layer.name: (linear, quantized.qweight)}, batches)[layer.name]
+        assert layer.activation_error == pytest.approx(kept, rel=1e-6)
+        assert kept < 0.1
+        activation = static_activation(Histogram.of(_inputs(original, batches, layer.name)), SYMMETRIC, "minmax")
+        static = dataclasses.replace(quantized.qweight, scheme=Scheme.parse("w8cs-a8ts"), activation=activation)
+        lost = activation_errors(original, {layer.name: (linear, static)}, batches)[layer.name]
+        assert (lost > 0.1) == changed
 
 
 def test_errors_add_up_over_batches() -> None:

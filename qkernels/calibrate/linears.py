@@ -83,10 +83,7 @@ def quantized_linears(
         yield from found
         return
     assert batches is not None
-    kept = dict(found)
-    errors = activation_errors(model, {name: (plan[name][0], one.weight) for name, one in kept.items()}, batches)
-    for name, one in kept.items():
-        yield name, _fallen_back(one, errors.get(name), choice.fallback)
+    yield from _within(choice.fallback, model, plan, dict(found), batches)
 
 
 def _observed(
@@ -165,12 +162,32 @@ def _attached(
         yield name, Chosen(dataclasses.replace(weight, scheme=scheme, activation=activation), method)
 
 
-def _fallen_back(chosen: Chosen, error: float | None, most: float) -> Chosen:
-    """The same, or with inputs left as they are, if quantizing them loses more."""
-    if error is None or error <= most:
-        return dataclasses.replace(chosen, activation_error=error)
-    weight = dataclasses.replace(chosen.weight, scheme=chosen.weight.scheme.weight_only, activation=None)
-    return Chosen(weight, f"{chosen.method} (inputs not quantized)", error)
+def _within(
+    most: float, model: nn.Module, plan: LinearPlan, found: Mapping[str, Chosen], batches: Iterable[Batch]
+) -> Iterator[tuple[str, Chosen]]:
+    """The same, with inputs that lose at most so much: static ones that lose more become dynamic, if that will do."""
+
+    def measured(layers: Mapping[str, Chosen]) -> dict[str, float]:
+        return activation_errors(model, {name: (plan[name][0], one.weight) for name, one in layers.items()}, batches)
+
+    errors = measured(found)
+    lossy = {name: one for name, one in found.items() if one.weight.scheme.is_static and errors.get(name, 0.0) > most}
+    dynamic = {name: _with_inputs(one, one.weight.scheme.dynamic, "dynamic") for name, one in lossy.items()}
+    if dynamic:
+        errors |= measured(dynamic)
+    for name, one in found.items():
+        error = errors.get(name)
+        if error is not None and error > most:
+            chosen = _with_inputs(one, one.weight.scheme.weight_only, "not quantized")
+        else:
+            chosen = dynamic.get(name, one)
+        yield name, dataclasses.replace(chosen, activation_error=error)
+
+
+def _with_inputs(one: Chosen, scheme: Scheme, what: str) -> Chosen:
+    """The same codes, and another scheme for inputs, without a static range."""
+    weight = dataclasses.replace(one.weight, scheme=scheme, activation=None)
+    return dataclasses.replace(one, weight=weight, method=f"{one.method} (inputs {what})")
 
 
 def activation_errors(
