@@ -89,9 +89,10 @@ def quantize_model(
             "minmax" covers all that comes, "percentile" 99.99 % of it, "mse" loses least of the inputs' square. Weights
             get the codes that they have without quantized activations (with "smoothquant" other columns of them may be
             scaled). Layers that see no batch, and experts, are dynamic instead; the report says so.
-        fallback: the most that quantizing its inputs may lose at a layer's output, relative to it, on such batches, say
-            0.05. Where a static range loses more, each token gets a scale of its own; where that loses more, the
-            layer's inputs stay as they are. The report says where. None: nowhere.
+        fallback: the most that quantizing its inputs may lose at a layer's output, on such batches, say 0.05: relative
+            to a token's output, root mean square over tokens. Where a static range loses more, each token gets a scale
+            of its own; where that loses more, the layer's inputs stay as they are. The report says where. None:
+            nowhere.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.

@@ -25,8 +25,8 @@ class LayerReport:
         nbytes: of codes, scales and zeros, padding included.
         error: of the weight.
         method: that chose the codes; with what stood in where it could not be used.
-        activation_error: what quantizing its inputs loses at its output, relative to it; None where not measured. The
-            scheme says whether they are.
+        activation_error: what quantizing its inputs loses at its output, relative to a token's, root mean square over
+            tokens; None where not measured. The scheme says whether they are.
     """
 
     name: str

@@ -350,7 +350,7 @@ def _spoiled() -> nn.Sequential:
 def test_only_the_layer_that_was_made_bad_keeps_its_inputs(scheme: str) -> None:
     model, original = _spoiled(), _spoiled()
     report = qkernels.quantize_model(
-        model, scheme, skip=["*.spare"], calibration=iter(BATCHES), ranges="minmax", fallback=0.1, progress=False
+        model, scheme, skip=["*.spare"], calibration=iter(BATCHES), ranges="minmax", fallback=0.5, progress=False
     )
     for layer in report.layers:
         quantized = model.get_submodule(layer.name)
@@ -365,9 +365,9 @@ def test_only_the_layer_that_was_made_bad_keeps_its_inputs(scheme: str) -> None:
         assert how is not None
         activation = static_activation(Histogram.of(x), how, "minmax") if how.static else None
         lost = reference_int8.dequantize_activations(*reference_int8.quantize_activations(x, how, activation)) - x
-        wanted = float((lost @ w.T).norm() / (x @ w.T).norm())
+        wanted = float(((lost @ w.T).norm(dim=1) / (x @ w.T).norm(dim=1)).clamp(max=1).square().mean().sqrt())
         assert layer.activation_error == pytest.approx(wanted, rel=1e-4)
-        assert (wanted > 0.1) == bad
+        assert (wanted > 0.5) == bad
         bias = original.get_submodule(layer.name).bias
         assert (quantized.bias is None and bias is None) or torch.equal(quantized.bias, bias)  # type: ignore[arg-type]
     text = str(report)
@@ -387,7 +387,7 @@ def test_a_static_range_that_loses_too_much_gives_way_to_a_scale_for_each_token(
             for linear in (m.q_proj, m.k_proj, m.v_proj):
                 linear.weight[:, 5] = 0
     report = qkernels.quantize_model(
-        model, "w8cs-a8ts", skip=["*.spare"], calibration=batches, ranges="minmax", fallback=0.1, progress=False
+        model, "w8cs-a8ts", skip=["*.spare"], calibration=batches, ranges="minmax", fallback=0.2, progress=False
     )
     assert not any(layer.inputs_left for layer in report.layers)
     for layer in report.layers:
@@ -400,11 +400,33 @@ def test_a_static_range_that_loses_too_much_gives_way_to_a_scale_for_each_token(
         assert (quantized.weight_activation is None) == changed
         kept = activation_errors(original, {layer.name: (linear, quantized.qweight)}, batches)[layer.name]
         assert layer.activation_error == pytest.approx(kept, rel=1e-6)
-        assert kept < 0.1
+        assert kept < 0.2
         activation = static_activation(Histogram.of(_inputs(original, batches, layer.name)), SYMMETRIC, "minmax")
         static = dataclasses.replace(quantized.qweight, scheme=Scheme.parse("w8cs-a8ts"), activation=activation)
         lost = activation_errors(original, {layer.name: (linear, static)}, batches)[layer.name]
-        assert (lost > 0.1) == changed
+        assert (lost > 0.2) == changed
+
+
+def test_a_loud_token_does_not_hide_what_others_lose() -> None:
+    model, loud = _model(), BATCHES[0].clone()
+    loud[0, 0] *= 1e6
+    w = qkernels.quantize(model[0].q_proj.weight.detach(), "w8cs")
+    activation = torch.tensor([float(loud.abs().max()) / 127, 0.0])  # of which all others become 0
+    q = dataclasses.replace(w, scheme=Scheme.parse("w8cs-a8ts"), activation=activation)
+    found = activation_errors(model, {"0.q_proj": (model[0].q_proj, q)}, [loud])["0.q_proj"]
+    assert found == pytest.approx(math.sqrt(17 / 18), rel=1e-4)
+    nothing = torch.zeros(1, 3, 64)  # loses nothing, and is no division by 0
+    found = activation_errors(model, {"0.q_proj": (model[0].q_proj, q)}, [loud, nothing])["0.q_proj"]
+    assert found == pytest.approx(math.sqrt(17 / 21), rel=1e-4)
+
+
+def test_no_token_loses_more_than_all() -> None:
+    model = _model()
+    with torch.no_grad():
+        model[0].q_proj.weight.fill_(1.0)
+    x = torch.tensor([0.77, 0.77, 0.7601, -2.3]).repeat(16)[None, None]  # nearly cancels, as its codes do not
+    q = dataclasses.replace(qkernels.quantize(model[0].q_proj.weight.detach(), "w8cs"), scheme=Scheme.parse("w8cs-a8s"))
+    assert activation_errors(model, {"0.q_proj": (model[0].q_proj, q)}, [x])["0.q_proj"] == 1
 
 
 def test_errors_add_up_over_batches() -> None:

@@ -6,6 +6,7 @@ Weights get the codes that they would get if inputs stayed as they are; what is 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -19,7 +20,7 @@ from qkernels.calibrate.distill import distill
 from qkernels.calibrate.probe import Importances, watch
 from qkernels.calibrate.ranges import Ranges
 from qkernels.scheme import Scheme
-from qkernels.tensor import QTensor, QuantizationError, quantize
+from qkernels.tensor import QTensor, quantize
 
 # Where nothing is known of the inputs, a search that lowers the error of weights pays at the output only here.
 _BLIND_SEARCH_BITS = 3
@@ -47,7 +48,8 @@ class Chosen:
     Attributes:
         weight: quantized, with static ranges of its inputs where the scheme has them.
         method: that chose the codes; with what stood in where it could not be used.
-        activation_error: what quantizing inputs loses at the output, relative to it; None where it was not measured.
+        activation_error: what quantizing inputs loses at the output, as of activation_errors; None where it was not
+            measured.
     """
 
     weight: QTensor
@@ -193,9 +195,11 @@ def _with_inputs(one: Chosen, scheme: Scheme, what: str) -> Chosen:
 def activation_errors(
     model: nn.Module, layers: Mapping[str, tuple[nn.Linear, QTensor]], batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """{name: ||(x^ - x) W^T|| / ||x W^T||} of layers whose inputs x become x^, with W the quantized weight.
+    """{name: what a token's output loses} of layers whose inputs x become x^, with W the quantized weight.
 
-    x is what they read in the model as it is, float. Layers that no batch reaches are missing. No inputs are kept.
+    The root mean square, over tokens, of ||(x^ - x) W^T|| / ||x W^T||, which counts as 1 where it is more. Each token
+    for itself: with one sum over all, a few tokens that are far larger than the others would hide what those lose.
+    x is what layers read in the model as it is, float. Layers that no batch reaches are missing. No inputs are kept.
 
     Raises:
         CalibrationError: batches are none or empty, the model fails on one, or inputs of a layer are not finite.
@@ -208,15 +212,18 @@ def activation_errors(
         w = q.dequantize()
         code = reference_int8.quantize_activations(x, q.scheme.activations, q.activation)
         lost = reference_int8.dequantize_activations(*code) - x
-        found = torch.stack([(each @ w.T).double().square().sum() for each in (x, lost)])
+        signal, noise = ((each @ w.T).double().square().sum(1) for each in (x, lost))
+        share = torch.where(noise < signal, noise / signal, (noise > 0).double())
+        share = torch.where(torch.isfinite(signal), share, float("nan"))
+        found = torch.stack([share.sum(), share.new_tensor(len(share))])
         sums[name] = sums[name] + found if name in sums else found
 
     watched = {name: linear for name, (linear, q) in layers.items() if q.scheme.activations is not None}
     watch(model, watched, batches, [see])
     errors = {}
     for name, found in sums.items():
-        signal, noise = found.tolist()
-        if not torch.isfinite(found).all():
+        total, tokens = found.tolist()
+        if math.isnan(total):
             raise inputs_not_finite(name)
-        errors[name] = QuantizationError(signal, noise, 0.0).relative
+        errors[name] = math.sqrt(total / tokens)
     return errors
