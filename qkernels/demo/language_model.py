@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as standard_logging
 import os
 import pathlib
 import re
@@ -78,10 +79,15 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # local files only
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")  # before the import: in a notebook that warns of missing widgets
-        from transformers.utils import logging
+        off = standard_logging.root.manager.disable
+        standard_logging.disable(standard_logging.WARNING)  # of what transformers imports, whose handlers hold stderr
+        try:
+            from transformers.utils import logging
 
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield
-    logging.set_verbosity(level)
+            level = logging.get_verbosity()
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            yield
+            logging.set_verbosity(level)
+        finally:
+            standard_logging.disable(off)
