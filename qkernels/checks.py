@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qkernels import packing
 from qkernels.reference_int8 import SMALLEST_RANGE
-from qkernels.scheme import Scheme, as_scheme
+from qkernels.scheme import Activations, Scheme, as_scheme
 
 LARGEST_IN_FEATURES = 2**28 - 16  # kernels count the bits of a row, rounded up to lanes, in int32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of weights, activations, scales and offsets
@@ -125,6 +125,48 @@ def check_activation(x: Tensor, packed: Tensor, bias: Tensor | None, in_features
             raise ValueError(f"bias must be ({packed.shape[0]},) floating, got {found}")
         if bias.device != x.device:
             raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
+
+
+def activations_of(scheme: Scheme) -> Activations:
+    """How activations are quantized; ValueError if they are not."""
+    if scheme.activations is None:
+        raise ValueError(f"scheme {str(scheme)!r} has no quantized activations; with them it ends in -a8s, for example")
+    return scheme.activations
+
+
+def check_codes(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    bias: Tensor | None,
+    scheme: Scheme,
+    in_features: int,
+    dtype: torch.dtype,
+) -> None:
+    """Raise TypeError or ValueError unless codes, their scale and zero, and bias if any, can meet the weight."""
+    how = activations_of(scheme)
+    words, shape = packing.activation_words(scheme.bits, in_features), codes.shape[:-1]
+    if not codes.ndim or codes.shape[-1] != words or codes.dtype is not torch.int32:
+        raise ValueError(
+            f"codes must be (..., {words}) int32 beside scheme {str(scheme)!r} with K = {in_features}, got "
+            f"{tuple(codes.shape)} {codes.dtype}"
+        )
+    if x_scale.shape != shape or x_scale.dtype is not torch.float32:
+        raise ValueError(f"x_scale must be {tuple(shape)} float32, got {tuple(x_scale.shape)} {x_scale.dtype}")
+    if how.symmetric != (x_zero is None):
+        raise ValueError(
+            f"x_zero must be {'None' if how.symmetric else f'{tuple(shape)} int8'} for scheme {str(scheme)!r}"
+        )
+    if x_zero is not None and (x_zero.shape != shape or x_zero.dtype is not torch.int8):
+        raise ValueError(f"x_zero must be {tuple(shape)} int8, got {tuple(x_zero.shape)} {x_zero.dtype}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+    if bias is not None and (bias.shape != packed.shape[:1] or bias.dtype not in DTYPES):
+        raise ValueError(f"bias must be ({packed.shape[0]},) floating, got {tuple(bias.shape)} {bias.dtype}")
+    for name, tensor in (("x_scale", x_scale), ("x_zero", x_zero), ("packed", packed), ("bias", bias)):
+        if tensor is not None and tensor.device != codes.device:
+            raise ValueError(f"{name} is on {tensor.device} but codes are on {codes.device}")
 
 
 def check_static(activation: Tensor | None, scheme: Scheme, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qkernels import dispatch_int8, packing
-from qkernels.checks import check_activation, check_static, check_weight
+from qkernels.checks import check_activation, check_codes, check_static, check_weight
 from qkernels.scheme import Scheme
 from qkernels.tuning import choose
 from qkernels.tuning.configs import DenseConfig, MatmulConfig
@@ -50,13 +50,48 @@ def matmul(
     )  # fmt: skip
     call = _calls.get(kind)
     if call is None:
-        call = _decide(x, packed, scale, zero, bias, scheme, in_features, activation)
-        if len(_calls) >= _MOST_CALLS:
-            _calls.clear()
-        _calls[kind] = call
+        call = _remember(kind, _decide(x, packed, scale, zero, bias, scheme, in_features, activation))
     if activation is None:
         return call(x, packed, scale, zero, bias)
     return call(x, packed, scale, zero, bias, activation)
+
+
+def matmul_codes(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y (..., N) in dtype, of codes (..., words) on a GPU; see ops_int8.matmul."""
+    kind = (  # dtype stands where a kind of matmul has a shape
+        scheme, in_features, dtype,
+        codes.shape, codes.stride(), codes.dtype, codes.get_device(),
+        x_scale.shape, x_scale.stride(), x_scale.dtype, x_scale.get_device(),
+        None if x_zero is None else (x_zero.shape, x_zero.stride(), x_zero.dtype, x_zero.get_device()),
+        packed.shape, packed.stride(), packed.dtype, packed.get_device(),
+        scale.shape, scale.stride(), scale.dtype, scale.get_device(),
+        None if zero is None else (zero.shape, zero.stride(), zero.dtype, zero.get_device()),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
+    )  # fmt: skip
+    call = _calls.get(kind)
+    if call is None:
+        call = _remember(
+            kind, _decide_codes(codes, x_scale, x_zero, packed, scale, zero, bias, scheme, in_features, dtype)
+        )
+    return call(codes, x_scale, x_zero, packed, scale, zero, bias)
+
+
+def _remember(kind: tuple[Any, ...], call: Call) -> Call:
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+    _calls[kind] = call
+    return call
 
 
 def forget() -> None:
@@ -127,6 +162,32 @@ def _of_codes(
     return call
 
 
+def _decide_codes(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Call:
+    parsed = check_weight(packed, scale, zero, scheme, in_features)
+    check_codes(codes, x_scale, x_zero, packed, bias, parsed, in_features, dtype)
+    given = codes, x_scale, x_zero, packed, scale, zero, bias
+    if codes.numel() == 0 or packed.numel() == 0:
+        return functools.partial(dispatch_int8.multiplied_oracle, scheme=parsed, in_features=in_features, dtype=dtype)
+    device = device_of(codes.get_device())
+    config = choose.matmul(x_scale.numel(), packed.shape[0], in_features, parsed, dtype, device)
+    regular = _regular_codes(*given)
+    product = dispatch_int8.product(codes.shape, *regular[3:], parsed, in_features, dtype, config)
+    if all(a is b for a, b in zip(regular, given, strict=True)):
+        return product
+    return lambda *tensors: product(*_regular_codes(*tensors))
+
+
 def _empty(
     x: Tensor,
     packed: Tensor,
@@ -144,6 +205,20 @@ def _regular(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As the kernels take them, copied where they are not: x, packed and bias dense, but for rows of x with gaps."""
     return dispatch_int8.regular_tokens(x), *regular_weight(packed, scale, zero, bias)
+
+
+def _regular_codes(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Likewise, of codes: all dense."""
+    tokens = codes.contiguous(), x_scale.contiguous(), None if x_zero is None else x_zero.contiguous()
+    return *tokens, *regular_weight(packed, scale, zero, bias)
 
 
 def regular_weight(

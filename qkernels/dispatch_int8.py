@@ -58,6 +58,25 @@ def packed_oracle(x: Tensor, scheme: Scheme, static: Tensor | None, norm: Tensor
     return codes.reshape(*shape, codes.shape[1]), scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
 
+def multiplied_oracle(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Likewise, of the product."""
+    code = packing.unpack_activations(codes.reshape(x_scale.numel(), codes.shape[-1]), scheme.bits, in_features)
+    flat_zero = None if x_zero is None else x_zero.reshape(-1)
+    y = reference_int8.matmul(code, x_scale.reshape(-1), flat_zero, packed, scale, zero, bias, scheme, dtype)
+    return y.reshape(*x_scale.shape, packed.shape[0])
+
+
 def regular_tokens(x: Tensor) -> Tensor:
     """As kernels take tokens: contiguous, but for rows with gaps."""
     return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()

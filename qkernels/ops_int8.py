@@ -12,12 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkernels import dispatch, dispatch_int8, packing, reference_int8
-from qkernels.checks import DTYPES, check_static, check_weight
+from qkernels import dispatch, dispatch_int8, packing
+from qkernels.checks import DTYPES, activations_of, check_codes, check_static, check_weight
 from qkernels.ops import constant_autograd
-from qkernels.scheme import Activations, Scheme, as_scheme
-from qkernels.tuning import choose
-from qkernels.tuning.devices import device_of
+from qkernels.scheme import Scheme, as_scheme
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -55,19 +53,12 @@ def quantize_activations(
         ValueError, TypeError: a tensor has another shape, dtype or device, or the scheme has no quantized activations.
     """
     codes, scale, zero = _quantize_op(x, scheme, activation, norm, eps)
-    return codes, scale, None if _of(scheme).symmetric else zero
-
-
-def _of(scheme: str) -> Activations:
-    how = as_scheme(scheme).activations
-    if how is None:
-        raise ValueError(f"scheme {scheme!r} has no quantized activations; with them it ends in -a8s, for example")
-    return how
+    return codes, scale, None if activations_of(as_scheme(scheme)).symmetric else zero
 
 
 def _check_quantize(x: Tensor, scheme: str, activation: Tensor | None, norm: Tensor | None) -> Scheme:
-    _of(scheme)
     parsed = as_scheme(scheme)
+    activations_of(parsed)
     if not x.ndim:
         raise ValueError("x must be (..., K), got a scalar")
     if x.dtype not in DTYPES:
@@ -107,7 +98,7 @@ def _quantize_fake(
     parsed = _check_quantize(x, scheme, activation, norm)
     shape = x.shape[:-1]
     codes = x.new_empty((*shape, packing.activation_words(parsed.bits, x.shape[-1])), dtype=torch.int32)
-    symmetric = _of(scheme).symmetric
+    symmetric = activations_of(parsed).symmetric
     return codes, x.new_empty(shape, dtype=torch.float32), x.new_empty(0 if symmetric else shape, dtype=torch.int8)
 
 
@@ -134,38 +125,6 @@ def matmul(
     return _matmul_op(codes, x_scale, x_zero, packed, scale, zero, bias, scheme, in_features, dtype)
 
 
-def _check_matmul(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    packed: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    in_features: int,
-    dtype: torch.dtype,
-) -> None:
-    how, parsed = _of(scheme), as_scheme(scheme)
-    words, shape = packing.activation_words(parsed.bits, in_features), codes.shape[:-1]
-    if not codes.ndim or codes.shape[-1] != words or codes.dtype is not torch.int32:
-        raise ValueError(
-            f"codes must be (..., {words}) int32 beside scheme {scheme!r} with K = {in_features}, got "
-            f"{tuple(codes.shape)} {codes.dtype}"
-        )
-    if x_scale.shape != shape or x_scale.dtype is not torch.float32:
-        raise ValueError(f"x_scale must be {tuple(shape)} float32, got {tuple(x_scale.shape)} {x_scale.dtype}")
-    if how.symmetric != (x_zero is None):
-        raise ValueError(f"x_zero must be {'None' if how.symmetric else f'{tuple(shape)} int8'} for scheme {scheme!r}")
-    if x_zero is not None and (x_zero.shape != shape or x_zero.dtype is not torch.int8):
-        raise ValueError(f"x_zero must be {tuple(shape)} int8, got {tuple(x_zero.shape)} {x_zero.dtype}")
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    if bias is not None and (bias.shape != packed.shape[:1] or bias.dtype not in DTYPES):
-        raise ValueError(f"bias must be ({packed.shape[0]},) floating, got {tuple(bias.shape)} {bias.dtype}")
-    for name, tensor in (("x_scale", x_scale), ("x_zero", x_zero), ("packed", packed), ("bias", bias)):
-        if tensor is not None and tensor.device != codes.device:
-            raise ValueError(f"{name} is on {tensor.device} but codes are on {codes.device}")
-
-
 def _matmul_cpu(
     codes: Tensor,
     x_scale: Tensor,
@@ -179,35 +138,10 @@ def _matmul_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     parsed = check_weight(packed, scale, zero, scheme, in_features)
-    _check_matmul(codes, x_scale, x_zero, packed, bias, scheme, in_features, dtype)
-    code = packing.unpack_activations(codes.reshape(x_scale.numel(), codes.shape[-1]), parsed.bits, in_features)
-    flat_zero = None if x_zero is None else x_zero.reshape(-1)
-    y = reference_int8.matmul(code, x_scale.reshape(-1), flat_zero, packed, scale, zero, bias, parsed, dtype)
-    return y.reshape(*x_scale.shape, packed.shape[0])
-
-
-def _matmul_cuda(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if codes.numel() == 0 or packed.numel() == 0:
-        return _matmul_cpu(codes, x_scale, x_zero, packed, scale, zero, bias, scheme, in_features, dtype)
-    parsed = check_weight(packed, scale, zero, scheme, in_features)
-    _check_matmul(codes, x_scale, x_zero, packed, bias, scheme, in_features, dtype)
-    device = device_of(codes.get_device())
-    config = choose.matmul(x_scale.numel(), packed.shape[0], in_features, parsed, dtype, device)
-    weight = dispatch.regular_weight(packed, scale, zero, bias)
-    product = dispatch_int8.product(codes.shape, *weight, parsed, in_features, dtype, config)
-    x_zero = None if x_zero is None else x_zero.contiguous()
-    return product(codes.contiguous(), x_scale.contiguous(), x_zero, *weight)
+    check_codes(codes, x_scale, x_zero, packed, bias, parsed, in_features, dtype)
+    return dispatch_int8.multiplied_oracle(
+        codes, x_scale, x_zero, packed, scale, zero, bias, parsed, in_features, dtype
+    )
 
 
 def _matmul_fake(
@@ -222,14 +156,14 @@ def _matmul_fake(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check_matmul(codes, x_scale, x_zero, packed, bias, scheme, in_features, dtype)
+    check_codes(codes, x_scale, x_zero, packed, bias, as_scheme(scheme), in_features, dtype)
     return codes.new_empty((*codes.shape[:-1], packed.shape[0]), dtype=dtype)
 
 
 def _register() -> None:
     for name, cpu, cuda, fake, op in (
         ("quantize_activations", _quantize_cpu, _quantize_cuda, _quantize_fake, _quantize_op),
-        ("matmul_codes", _matmul_cpu, _matmul_cuda, _matmul_fake, _matmul_op),
+        ("matmul_codes", _matmul_cpu, dispatch.matmul_codes, _matmul_fake, _matmul_op),
     ):
         _library.impl(name, cpu, "CPU")
         _library.impl(name, cuda, "CUDA")

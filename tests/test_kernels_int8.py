@@ -330,6 +330,35 @@ def test_the_op_gives_the_bits_of_the_oracle(text: str, device: str, path: str) 
     dispatch.forget()
 
 
+@pytest.mark.parametrize("text", ["w8cs-a8s", "w8c-a8", "w4ts-a8s", "w4g64-a8"])
+def test_codes_that_layers_share_give_the_same_bits(text: str, device: str, path: str) -> None:
+    """Codes with gaps too, and rows of a larger weight; each kind of call is decided once, and checked."""
+    dispatch.forget()
+    weight = random_weight(text, 48, 200)
+    packed, scale, zero = weight.args(device)
+    bias = torch.randn(48).to(device)
+    x = torch.randn(2, 3, 200).to(device)
+    codes = dispatch_int8.quantize_activations(x, weight.scheme, None)
+    gaps = [None if t is None else torch.stack([t, t], -1)[..., 0] for t in codes]
+    for rows in (slice(None), slice(5, 29)):
+        beside = slice(None) if weight.scheme.group_size == "tensor" else rows
+        own = (packed[rows], scale[:, beside], None if zero is None else zero[:, beside], bias[rows])
+        wanted = dispatch.matmul(x, *own, text, 200)
+        for given in (codes, gaps):
+            for known in (0, 1):
+                kinds = len(dispatch._calls)
+                assert torch.equal(dispatch.matmul_codes(*given, *own, text, 200, torch.float32), wanted)  # type: ignore[arg-type]
+                assert len(dispatch._calls) == kinds + (not known)
+        half = dispatch.matmul_codes(*codes, *own, text, 200, torch.float16)
+        assert half.dtype is torch.float16
+        assert torch.equal(half, wanted.half())
+        with pytest.raises(ValueError, match=r"x_scale must be \(2, 3\) float32"):
+            dispatch.matmul_codes(codes[0], codes[1][0], codes[2], *own, text, 200, torch.float32)
+    none = tuple(None if t is None else t[:0] for t in codes)
+    assert dispatch.matmul_codes(*none, packed, scale, zero, bias, text, 200, torch.float32).shape == (0, 3, 48)  # type: ignore[arg-type]
+    dispatch.forget()
+
+
 def test_what_is_around_codes_and_results_stays(device: str, path: str) -> None:
     """Operands inside larger tensors full of NaN; a row of NaN makes NaN of its own outputs alone."""
     dispatch.forget()
