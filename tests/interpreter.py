@@ -4,17 +4,20 @@ As shipped (3.6 to 3.9) the interpreter keeps bfloat16 as raw uint16: `tl.dot`, 
 garbage without a word, and float32 to bfloat16 truncates. Inline assembly raises, fused multiply-adds round twice, and
 reducing by a function of one's own takes one element at a time. Here bfloat16 goes through float32 with
 round-to-nearest-even, the few PTX instructions that qkernels uses are carried out as the PTX ISA defines them,
-multiply-adds round once, and reductions take whole arrays.
+multiply-adds round once, and reductions take whole arrays. A load or a store outside of the tensors of a launch raises,
+as it does under a memory checker on a GPU.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import triton.language as tl
+from torch import Tensor
 from triton.runtime.interpreter import (
     GridExecutor,
     InterpreterBuilder,
@@ -76,11 +79,25 @@ def install() -> None:
         return [self.to_tensor(data[0], value.dtype)]
 
     original_run = GridExecutor.__call__
+    original_load, original_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    memory = _Memory([])  # one launch at a time
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal memory
+        memory = _Memory(arg for arg in args if isinstance(arg, Tensor))
         with np.errstate(all="ignore"):  # a GPU does not warn of overflow or NaN either
             original_run(self, *args, **kwargs)
 
+    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+        memory.check(pointers, mask, "load")
+        return original_load(self, pointers, mask, *rest)
+
+    def store(self: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
+        memory.check(pointers, mask, "store")
+        return original_store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load = load
+    InterpreterBuilder.create_masked_store = store
     GridExecutor.__call__ = run
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.get_bf16 = get_bf16
@@ -90,6 +107,34 @@ def install() -> None:
     InterpreterBuilder.create_fma = fma
     InterpreterBuilder.create_inline_asm = _inline_asm
     ReduceOps.generic_reduce = reduce
+
+
+class _Memory:
+    """The bytes that tensors lie in, from their first element to their last."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        spans: list[list[int]] = []
+        for start, end in sorted(map(_span, (t for t in tensors if t.numel()))):
+            if spans and start < spans[-1][1]:  # views of one tensor
+                spans[-1][1] = max(end, spans[-1][1])
+            else:
+                spans.append([start, end])
+        self.starts, self.ends = np.array(spans, np.int64).reshape(-1, 2).T
+
+    def check(self, pointers: TensorHandle, mask: TensorHandle, what: str) -> None:
+        """Raise IndexError if one that the mask lets through points elsewhere."""
+        used = np.broadcast_to(mask.data, pointers.data.shape) != 0
+        first = pointers.data[used].astype(np.int64)
+        last = first + _get_np_dtype(pointers.get_element_ty()).itemsize
+        place = np.searchsorted(self.starts, first, "right") - 1
+        outside = (place < 0) | (last > self.ends[place])
+        if outside.any():
+            raise IndexError(f"{what}: {outside.sum()} of {first.size} pointers outside of the tensors of the launch")
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
 
 
 def bf16_to_f32(bits: Array) -> Array:
