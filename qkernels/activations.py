@@ -102,7 +102,9 @@ def quantize_activations(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> QuantizedActivations:
-    """Quantize the inputs of layers once, for all layers that read them; no gradient goes through.
+    """Quantize the inputs of layers once, for all layers that read them. Products with them have no gradients.
+
+    Under autocast x is cast first, as layers would.
 
     Args:
         x: (..., K), float16, bfloat16 or float32.
@@ -123,6 +125,7 @@ def quantize_activations(
     [(5, 128), (5, 32)]
     """
     parsed = as_scheme(scheme)
-    codes, scale, zero = ops_int8.quantize_activations(x, str(parsed), activation, norm, eps)
+    text = scheme if isinstance(scheme, str) else str(scheme)  # torch.compile cannot write one that it has parsed
+    codes, scale, zero = ops_int8.quantize_activations(x, text, activation, norm, eps)
     assert parsed.activations is not None
     return QuantizedActivations(codes, scale, zero, parsed.activations, parsed.bits, x.shape[-1], x.dtype)

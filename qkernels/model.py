@@ -91,8 +91,8 @@ def quantize_model(
             scaled). Layers that see no batch, and experts, are dynamic instead; the report says so.
         fallback: the most that quantizing its inputs may lose at a layer's output, on such batches, say 0.05: relative
             to a token's output, root mean square over tokens. Where a static range loses more, each token gets a scale
-            of its own; where that loses more, the layer's inputs stay as they are. The report says where. None:
-            nowhere.
+            of its own; where that loses more, the layer's inputs stay as they are. The report says where. Experts and
+            layers that see no batch keep their schemes unmeasured; the report counts them. None: nowhere.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.
@@ -227,6 +227,8 @@ def _smoothing(
     """Gives the names of the Linears whose columns were scaled; what its body raises undoes that."""
     if smooth is None:
         return contextlib.nullcontext(set())
+    if not plan:
+        raise ValueError(f"smooth={smooth!r} is for Linears: none is left to quantize")
     if batches is None:
         raise ValueError(f"smooth={smooth!r} needs calibration: batches to call the model with")
     return smoothed(model, plan, batches, smooth, progress)

@@ -15,6 +15,7 @@ part of a decode step: torch.library.custom_op and register_autograd each add se
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -133,7 +134,8 @@ def matmul_cpu(
     check_static(activation, parsed, packed.device)
     if parsed.activations is None:
         return reference.matmul(x, packed, scale, zero, bias, parsed)
-    codes = reference_int8.quantize_activations(x.reshape(-1, in_features), parsed.activations, activation)
+    tokens = x.reshape(x.shape[:-1].numel(), in_features)
+    codes = reference_int8.quantize_activations(tokens, parsed.activations, activation)
     y = reference_int8.matmul(*codes, packed, scale, zero, bias, parsed, x.dtype)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
@@ -226,17 +228,23 @@ def constant_autograd(op: Any) -> Any:
     return no_gradient
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    """Ops inside are those outside of autocast: what is float32 in the oracle stays it."""
+    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as linear takes it; what is no activation is left to be refused."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype in DTYPES else x
+
+
 def _matmul_autocast(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> Tensor:
-    """x and bias in autocast's dtype, as linear does; scales and offsets keep theirs."""
-    device = x.device.type
-    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    dtype = torch.get_autocast_dtype(device)
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        x = x.to(dtype) if x.dtype in DTYPES else x  # others are refused below
-        bias = bias.to(dtype) if bias is not None and bias.dtype in DTYPES else bias
-        return _matmul_op(x, packed, scale, zero, bias, *rest)
+    """x and bias in autocast's dtype; scales and offsets keep theirs."""
+    with without_autocast(x.device.type):
+        return _matmul_op(as_autocast(x), packed, scale, zero, None if bias is None else as_autocast(bias), *rest)
 
 
 def _register() -> None:

@@ -5,16 +5,19 @@
 
 CPU is the oracle of reference_int8.py; CUDA is Triton. `zero` of symmetric activations is None as an argument and an
 empty tensor as a result. qkernels::matmul is both in one, and has a gradient; these have none.
+Under autocast they take and give what it does.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels import dispatch, dispatch_int8, packing
 from qkernels.checks import DTYPES, activations_of, check_codes, check_static, check_weight
-from qkernels.ops import constant_autograd
+from qkernels.ops import as_autocast, constant_autograd, without_autocast
 from qkernels.scheme import Scheme, as_scheme
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
@@ -160,7 +163,32 @@ def _matmul_fake(
     return codes.new_empty((*codes.shape[:-1], packed.shape[0]), dtype=dtype)
 
 
+def _quantize_autocast(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(x.device.type):
+        return _quantize_op(as_autocast(x), *rest)
+
+
+def _matmul_autocast(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    dtype, bias = torch.get_autocast_dtype(codes.device.type), None if bias is None else as_autocast(bias)
+    with without_autocast(codes.device.type):
+        return _matmul_op(codes, x_scale, x_zero, packed, scale, zero, bias, scheme, in_features, dtype)
+
+
 def _register() -> None:
+    for name, autocast in (("quantize_activations", _quantize_autocast), ("matmul_codes", _matmul_autocast)):
+        _library.impl(name, autocast, "AutocastCPU")
+        _library.impl(name, autocast, "AutocastCUDA")
     for name, cpu, cuda, fake, op in (
         ("quantize_activations", _quantize_cpu, _quantize_cuda, _quantize_fake, _quantize_op),
         ("matmul_codes", _matmul_cpu, dispatch.matmul_codes, _matmul_fake, _matmul_op),

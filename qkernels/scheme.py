@@ -25,7 +25,6 @@ and two of these have names of their own: "w8a8" is w8cs-a8s and "w4a8" is w4g12
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from typing import Literal
 
@@ -147,7 +146,12 @@ class Scheme:
         """
         if not isinstance(text, str):
             raise TypeError(f"a scheme string is a str, got {type(text).__name__}; accepted: {ACCEPTED}")
-        return _parse(text)
+        found = _parsed.get(text)
+        if found is None:
+            if len(_parsed) >= _MOST_PARSED:
+                _parsed.clear()
+            found = _parsed[text] = _parse(text)
+        return found
 
     def __str__(self) -> str:
         return self._text
@@ -210,7 +214,11 @@ class Scheme:
         return -(-in_features // self.group_length(in_features)), out_features
 
 
-@functools.lru_cache(maxsize=1024)
+# Not functools.lru_cache: torch.compile finds a scheme here, where that would make it trace the parsing.
+_parsed: dict[str, Scheme] = {}
+_MOST_PARSED = 1024
+
+
 def _parse(text: str) -> Scheme:
     match = _PATTERN.fullmatch(_NAMED.get(text, text))
     if not match:

@@ -55,9 +55,14 @@ class LayerReport:
         )
 
     @property
+    def inputs_quantized(self) -> bool:
+        """Whether its inputs are quantized, too."""
+        return Scheme.parse(self.scheme).activations is not None
+
+    @property
     def inputs_left(self) -> bool:
         """Whether its inputs stay as they are since quantizing them would lose too much."""
-        return self.activation_error is not None and Scheme.parse(self.scheme).activations is None
+        return self.activation_error is not None and not self.inputs_quantized
 
     @property
     def weights(self) -> int:
@@ -127,6 +132,10 @@ class QuantizationReport:
         )
         if count := sum(layer.inputs_left for layer in self.layers):
             title += f"; inputs of {count} not quantized"
+        measured = any(layer.activation_error is not None for layer in self.layers)
+        unknown = sum(layer.activation_error is None and layer.inputs_quantized for layer in self.layers)
+        if measured and unknown:
+            title += f"; inputs of {unknown} quantized, and not measured"
         if self.merged is not None:
             launch = {name: _together(names) for names in self.merged.groups for name in names}
             rows = [(*row[:3], launch.get(row[0], ""), *row[3:]) for row in rows]

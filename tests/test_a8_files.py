@@ -68,6 +68,15 @@ def test_weights_that_differ_in_static_activations_alone_are_no_aliases(tmp_path
     assert _same(back["other"], other)
 
 
+def test_weights_that_share_codes_and_read_inputs_in_their_own_ways(tmp_path: pathlib.Path) -> None:
+    q = _random("w8cs")
+    weights = {s: dataclasses.replace(q, scheme=Scheme.parse(s)) for s in ("w8cs", "w8cs-a8s", "w8cs-a8")}
+    qkernels.save({**weights, "again": weights["w8cs-a8"]}, tmp_path / "file")
+    back = qkernels.load(tmp_path / "file")
+    assert all(_same(back[s], q) for s, q in weights.items())
+    assert back["again"].packed.data_ptr() == back["w8cs-a8"].packed.data_ptr()
+
+
 # ---- hostile files ----
 
 

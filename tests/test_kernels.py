@@ -214,6 +214,7 @@ def test_views_of_activations(device: str) -> None:
         wide[:, 3:99],  # sliced, misaligned
         torch.cat([x[:1], x])[1:],
         x.reshape(2, 2, 2, 96),
+        x[None].transpose(0, 1),  # contiguous, and its rows are not stride(-2) apart
     ):
         y = _matmul(view, weight, None, device)
         assert y.shape == (*view.shape[:-1], 9)

@@ -316,6 +316,7 @@ def test_the_op_gives_the_bits_of_the_oracle(text: str, device: str, path: str) 
         torch.randn(3, 400)[:, ::2],
         torch.randn(200),
         torch.randn(1, 200).expand(3, 200),
+        torch.randn(1, 4, 200).transpose(0, 1),  # contiguous, and its rows are not stride(-2) apart
     ):
         for rows in (slice(None), slice(5, 29)):
             beside = slice(None) if scheme.group_size == "tensor" else rows
@@ -357,6 +358,13 @@ def test_codes_that_layers_share_give_the_same_bits(text: str, device: str, path
     none = tuple(None if t is None else t[:0] for t in codes)
     assert dispatch.matmul_codes(*none, packed, scale, zero, bias, text, 200, torch.float32).shape == (0, 3, 48)  # type: ignore[arg-type]
     dispatch.forget()
+
+
+def test_a_static_scale_and_zero_may_lie_apart(device: str) -> None:
+    scheme, x = Scheme.parse("w8cs-a8t"), torch.randn(3, 70)
+    pairs = torch.tensor([[0.02, 3.0], [5.0, 7.0]])
+    wanted = dispatch_int8.packed_oracle(x, scheme, pairs[:, 0], None, 0.0)
+    _assert_same_bits(dispatch_int8.quantize_activations(x.to(device), scheme, pairs.to(device)[:, 0]), wanted, "apart")
 
 
 def test_what_is_around_codes_and_results_stays(device: str, path: str) -> None:

@@ -219,6 +219,29 @@ def test_two_steps_are_the_whole(weight: Weight) -> None:
     assert "QuantizedActivations(shape=(2, 3, 96), 'a8" in repr(codes)
 
 
+def test_the_steps_are_compiled_and_cast_as_the_whole_is(weight: Weight) -> None:
+    q = QTensor(weight.packed, weight.scale, weight.zero, weight.scheme, 96, activation=_static(weight.scheme))
+    layer, x = qkernels.QuantLinear(q, torch.randn(12)), torch.randn(3, 96)
+
+    def steps(x: Tensor) -> Tensor:
+        codes = qkernels.quantize_activations(x, str(weight.scheme), activation=layer.weight_activation)
+        return layer(codes)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(steps, fullgraph=True, backend="aot_eager")(x), layer(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = steps(x)
+            assert y.dtype is torch.bfloat16
+            assert torch.equal(y, layer(x))
+
+
+def test_without_input_features_there_is_the_bias(weight: Weight) -> None:
+    q = qkernels.quantize(torch.randn(12, 0), weight.scheme, activation=_static(weight.scheme))
+    bias = torch.randn(12)
+    assert torch.equal(torch.nn.functional.linear(torch.randn(2, 3, 0), q, bias), bias.expand(2, 3, 12))  # type: ignore[arg-type]
+
+
 def test_a_norm_is_quantized_as_if_it_were_written() -> None:
     x, norm = torch.randn(4, 96), torch.rand(96)
     normed = torch.nn.functional.rms_norm(x, (96,), norm, 1e-5)

@@ -111,13 +111,21 @@ def test_percentiles_are_those_of_the_values(how: Activations, kind: str) -> Non
     x = KINDS[kind]()
     scale, zero = static_activation(Histogram.of(x), how, "percentile").tolist()
     ordered = x.flatten().double().sort().values
-    beyond = round(1e-4 * x.numel())
+    beyond = round(1e-4 * int((x != 0).sum()))
     if how.symmetric:
         assert 127 * scale == pytest.approx(float(ordered.abs().sort().values[-1 - beyond]), rel=1 / 32)
         return
     low, high = min(0.0, float(ordered[beyond])), max(0.0, float(ordered[-1 - beyond]))
     assert 255 * scale == pytest.approx(high - low, rel=1 / 16)
     assert scale * (-128 - zero) == pytest.approx(low, abs=scale + abs(low) / 16)
+
+
+@BOTH
+def test_a_percentile_is_not_one_of_zeros(how: Activations) -> None:
+    """One-hot rows are zeros but for one value in 20,000."""
+    x = 3 * torch.eye(20000)[:5]
+    scale, _ = static_activation(Histogram.of(x), how, "percentile").tolist()
+    assert scale * (127 if how.symmetric else 255) == pytest.approx(3, rel=1 / 16)
 
 
 @BOTH
@@ -257,7 +265,11 @@ def test_layers_whose_inputs_are_never_seen_are_dynamic(zeros: bool) -> None:
     report = qkernels.quantize_model(model, "w8cs-a8ts", calibration=BATCHES, progress=False)
     schemes = {layer.name: (layer.scheme, layer.method) for layer in report.layers}
     used = "search" if zeros else "rtn"
-    assert schemes.pop("0.spare") == schemes.pop("1.spare") == ("w8cs-a8s", f"{used} (inputs never seen: dynamic)")
+    assert (
+        schemes.pop("0.spare")
+        == schemes.pop("1.spare")
+        == ("w8cs-a8s", f"{used} (inputs never seen, or zero: dynamic)")
+    )
     assert {scheme for scheme, _ in schemes.values()} == {"w8cs-a8ts"}
     assert model[0].spare.weight_activation is None
     assert "inputs never seen" in str(report)
@@ -405,6 +417,32 @@ def test_a_static_range_that_loses_too_much_gives_way_to_a_scale_for_each_token(
         static = dataclasses.replace(quantized.qweight, scheme=Scheme.parse("w8cs-a8ts"), activation=activation)
         lost = activation_errors(original, {layer.name: (linear, static)}, batches)[layer.name]
         assert (lost > 0.2) == changed
+
+
+def test_fallback_that_no_layer_asks_for() -> None:
+    """The first pattern that fits counts: no layer has quantized inputs."""
+    schemes = {"*.q_proj": "w8cs", "*_proj": "w8a8"}
+    skip = ["*.k_proj", "*.v_proj", "*.out", "*.spare"]
+    report = qkernels.quantize_model(_model(), "w8cs", schemes=schemes, skip=skip, fallback=0.1, progress=False)
+    assert [layer.scheme for layer in report.layers] == ["w8cs"] * 2
+    assert "not measured" not in str(report)
+
+
+def test_smoothing_where_no_linear_is_left() -> None:
+    model = nn.Sequential(nn.Embedding(8, 64), _Attention())
+    with pytest.raises(ValueError, match="smooth='smoothquant' is for Linears: none is left to quantize"):
+        qkernels.quantize_model(
+            model, "w8a8", skip=["1.*"], embeddings="w8cs", smooth="smoothquant",
+            calibration=[torch.tensor([1])], progress=False,
+        )  # fmt: skip
+
+
+def test_layers_that_are_not_measured_are_counted() -> None:
+    report = qkernels.quantize_model(_model(), "w8a8", calibration=BATCHES, fallback=math.inf, progress=False)
+    assert sum(layer.activation_error is None for layer in report.layers) == 2  # spare ones
+    assert "; inputs of 2 quantized, and not measured" in str(report)
+    report = qkernels.quantize_model(_model(), "w8a8", progress=False)
+    assert "not measured" not in str(report)
 
 
 def test_a_loud_token_does_not_hide_what_others_lose() -> None:

@@ -81,7 +81,7 @@ def quantized_linears(
     """
     importance, ranges = _observed(model, plan, batches, choice)
     found = _attached(plan, _weights(model, plan, batches, importance, choice), ranges)
-    if choice.fallback is None:
+    if choice.fallback is None or all(scheme.activations is None for _, scheme in plan.values()):
         yield from found
         return
     assert batches is not None
@@ -160,7 +160,8 @@ def _attached(
     for name, weight, method in weights:
         scheme, activation = plan[name][1], ranges.get(name)
         if activation is None and scheme.is_static:
-            scheme, method = scheme.dynamic, f"{method} (inputs never seen: dynamic)"
+            scheme, method = scheme.dynamic, f"{method} (inputs never seen, or zero: dynamic)"
+        activation = None if activation is None else activation.to(weight.device)
         yield name, Chosen(dataclasses.replace(weight, scheme=scheme, activation=activation), method)
 
 
@@ -209,7 +210,7 @@ def activation_errors(
     def see(name: str, x: Tensor) -> None:
         _, q = layers[name]
         assert q.scheme.activations is not None
-        w = q.dequantize()
+        x, w = x.to(q.device), q.dequantize()
         code = reference_int8.quantize_activations(x, q.scheme.activations, q.activation)
         lost = reference_int8.dequantize_activations(*code) - x
         signal, noise = ((each @ w.T).double().square().sum(1) for each in (x, lost))

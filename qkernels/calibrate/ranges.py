@@ -4,7 +4,7 @@ Histogram  Values are counted by their sign, exponent and first bits of the mant
            are 1/32 of a power of two wide, wherever values lie, so nothing is ever scaled again, memory is the same
            whatever comes, and batches, however they are cut, give the same counts.
 Methods    minmax       from the least value to the largest.
-           percentile   as far as 99.99 % of |x| lie; where activations have a zero, of each end by itself.
+           percentile   as far as 99.99 % of all |x| > 0 lie; where activations have a zero, of each end by itself.
            mse          the range of least squared error of x, rounding and clipping together.
 Error      Of values that spread evenly over a bin from a to b, quantized with scale s to integers of at most n, the
            mean squared error is s^3 (F(b / s) - F(a / s)) / (b - a) with F(t) = r / 12 + (t - r)^3 / 3, the integral
@@ -121,7 +121,7 @@ def _edges() -> tuple[Tensor, Tensor]:
 
 
 def _percentile(counts: Tensor, ends: Tensor, how: Activations) -> Tensor:
-    beyond = _BEYOND * float(counts.sum())
+    beyond = _BEYOND * float(counts[:, 1:].sum())  # zeros aside, as after a ReLU: else they might be all there is
     if how.symmetric:
         high = min(_size_of_all_but(beyond, counts.sum(0)), float(ends.abs().max()))
         return torch.tensor([-high, high])

@@ -70,10 +70,11 @@ def write(path: Path, tensors: Mapping[str, Tensor | QTensor]) -> None:
             if name + suffix in stored or name + suffix in aliases:
                 raise ValueError(f"two tensors would be stored as {name + suffix!r}")
         memory = tuple(_memory(part) for part in parts.values())
-        if memory in seen:
-            aliases[name] = seen[memory]
+        known = (memory, str(tensor.scheme) if isinstance(tensor, QTensor) else None)  # one may quantize its inputs
+        if known in seen:
+            aliases[name] = seen[known]
             continue
-        seen[memory] = name
+        seen[known] = name
         for suffix, part in parts.items():
             stored[name + suffix] = _own_memory(part, taken)
         if isinstance(tensor, QTensor):

@@ -202,7 +202,8 @@ def prepare(
     assert how is not None
     *outer, K = shape
     words = packing.activation_words(scheme.bits, K)
-    numbers: tuple[float, ...] = (K, words, stride[-2] if outer else K, eps)
+    # Of more dimensions those of size 1 may have any stride, and x is contiguous all the same.
+    numbers: tuple[float, ...] = (K, words, stride[0] if len(outer) == 1 else K, eps)
     constants = {
         "LANES": packing.block_columns(scheme.bits) // 4,
         "LEVELS": how.levels,
@@ -221,7 +222,7 @@ def prepare(
         scale = x.new_empty(outer, dtype=torch.float32)
         zero = None if how.symmetric else x.new_empty(outer, dtype=torch.int8)
         # What is not there is stood in for by any tensor.
-        standing = (scale if static is None else static, scale if norm is None else norm)
+        standing = (scale if static is None else static.contiguous(), scale if norm is None else norm)
         launch(x, *standing, codes, scale, codes if zero is None else zero)
         return codes, scale, zero
 

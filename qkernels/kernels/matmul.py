@@ -236,9 +236,8 @@ def prepare(
     steps = K // step
     split_steps = max(1, -(-steps // config.splits))
     splits = max(1, -(-steps // split_steps))  # none is empty
-    numbers = (
-        M, N, K, split_steps, x.stride(-2) if x.dim() > 1 else K, packed.stride(0), *group_strides(scale)
-    )  # fmt: skip
+    # Of more dimensions those of size 1 may have any stride, and x is contiguous all the same.
+    numbers = (M, N, K, split_steps, x.stride(0) if x.dim() == 2 else K, packed.stride(0), *group_strides(scale))
     constants = {
         "BITS": scheme.bits,
         "GROUP": 0 if scale.shape[0] == 1 else scheme.group_length(K),
