@@ -202,10 +202,8 @@ def _autograd(*args: Any) -> Tensor:
 
 def _autocast(x: Tensor, *rest: Any) -> Tensor:
     """x in autocast's dtype, as linear does."""
-    device = x.device.type
-    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        return _matmul_op(x.to(torch.get_autocast_dtype(device)) if x.dtype in DTYPES else x, *rest)
+    with ops.without_autocast(x.device.type):
+        return _matmul_op(ops.as_autocast(x), *rest)
 
 
 def _register() -> None:
