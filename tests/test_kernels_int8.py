@@ -134,7 +134,8 @@ def test_one_hot_tokens_read_back_the_weight(text: str, device: str, path: str) 
 
 
 @pytest.mark.parametrize(
-    "change", [{"block_m": 8}, {"block_m": 32}, {"blocks": 2}, {"blocks": 4, "splits": 2}, {"block_n": 64}]
+    "change",
+    [{"block_m": 8}, {"block_m": 32}, {"blocks": 2}, {"splits": 3}, {"blocks": 4, "splits": 2}, {"block_n": 64}],
 )
 @pytest.mark.parametrize("text", ["w8cs-a8s", "w8c-a8", "w4c-a8s", "w4ts-a8", "w8t-a8"])
 def test_one_group_gives_the_bits_of_the_oracle(text: str, change: dict[str, int], device: str, path: str) -> None:

@@ -186,8 +186,17 @@ def test_the_longest_sums_are_right() -> None:
     K = 33025
     q = qkernels.quantize(torch.full((2, K), 1.0), "w8c-a8")
     assert (packing.unpack(q.packed, 8, K) - q.zero.T.int() == 255).all()  # type: ignore[union-attr]
-    y = torch.nn.functional.linear(torch.full((1, K), 2.0), q)
-    torch.testing.assert_close(y, torch.full((1, 2), 2.0 * K), rtol=1e-3, atol=0)
+    codes = qkernels.quantize_activations(torch.full((1, K), 2.0), "w8c-a8")
+    total = torch.tensor(255 * 255 * K, dtype=torch.int32)
+    y = torch.nn.functional.linear(codes, q)  # type: ignore[arg-type]
+    assert torch.equal(y, total.float() * q.scale.float() * codes.scale)
+
+
+def test_rows_are_multiplied_some_at_a_time(weight: Weight, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, args = torch.randn(3, 96), _args(weight, torch.randn(12))
+    whole = ops.matmul(x, *args)
+    monkeypatch.setattr(reference_int8, "_CHUNK_WEIGHTS", 5 * 96)
+    assert torch.equal(ops.matmul(x, *args), whole)
 
 
 # ---- the two steps ----
