@@ -51,7 +51,8 @@ def quantize_model(
     merge: bool | Sequence[Sequence[str]] = False,
     progress: bool = True,
 ) -> QuantizationReport:
-    """Replace every nn.Linear by a QuantLinear, in place, one at a time: peak memory is the model plus one layer.
+    """Replace every nn.Linear by a QuantLinear, in place, one at a time: peak memory is the model plus one layer, or
+    with `smooth`, `distill` or `fallback` plus all codes.
 
     So are transformers' Conv1D (GPT-2) and, by a method that looks at each weight alone, the projections of fused
     experts: they become QuantExperts. Subclasses of nn.Linear, and output layers called lm_head unless you say
@@ -86,13 +87,13 @@ def quantize_model(
         resume: a folder, for "gptq", where each finished block is kept; the same call, after it was cut off, goes on
             from there. It is yours to remove.
         ranges: how static ranges of inputs, of schemes such as "w8cs-a8ts", are found, from batches as for "search":
-            "minmax" covers all that comes, "percentile" 99.99 % of it, "mse" loses least of the inputs' square. Weights
-            get the codes that they have without quantized activations (with "smoothquant" other columns of them may be
-            scaled). Layers that see no batch, and experts, are dynamic instead; the report says so.
-        fallback: the most that quantizing its inputs may lose at a layer's output, on such batches, say 0.05: relative
-            to a token's output, root mean square over tokens. Where a static range loses more, each token gets a scale
-            of its own; where that loses more, the layer's inputs stay as they are. The report says where. Experts and
-            layers that see no batch keep their schemes unmeasured; the report counts them. None: nowhere.
+            "minmax" covers all that comes, "percentile" 99.99 % of what is not 0, "mse" has the least squared error.
+            Codes of weights do not depend on it (with "smoothquant" other columns of them may be scaled). Layers that
+            see no batch, and experts, are dynamic instead; the report says so.
+        fallback: the most, say 0.05, that quantized inputs may lose at a layer's output, on such batches: relative to a
+            token's output, root mean square over tokens. A static range that loses more gives way to a scale for each
+            token; where that loses more, too, the layer's inputs stay as they are. The report says where. Experts, and
+            layers that see no batch, keep their schemes; the report counts what was not measured. None: nowhere.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.
