@@ -15,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 import subprocess
@@ -181,6 +182,36 @@ def disassemble(cubin: bytes) -> Sass:
         loops=tuple(loops),
         accesses=collections.Counter(re.findall(r"\b(?:LDG|STG)\.\S+", "\n".join(code))),
     )
+
+
+def touched_in_flight(loop: Sequence[str]) -> list[str]:
+    """Instructions of a loop that write an operand of a wgmma that may be in flight, or touch its sums.
+
+    The loop is walked twice, as a wgmma may stay in flight from one round to the next. A wgmma that ends a group says
+    `gsb0`, and a wait says how many groups may go on.
+    """
+    groups: list[list[tuple[set[int], set[int]]]] = [[]]  # (operands, sums) of each wgmma; the last group is open
+    found = []
+    for text in itertools.chain(loop, loop):
+        text = re.sub(r"^@!?U?P\w+\s+", "", text)
+        numbers = [int(n) for n in re.findall(r"\bR(\d+)", text)]
+        if mma := re.match(r"[HI]GMMA\.\d+x(\d+)x\S+ R(\d+), (?:R(\d+)|gdesc)", text):
+            tokens, sums = int(mma[1]), int(mma[2])
+            operands = set(range(int(mma[3]), int(mma[3]) + 4)) if mma[3] else set()  # else in shared memory
+            groups[-1].append((operands, set(range(sums, sums + tokens // 2))))
+            if "gsb0" in text:
+                groups.append([])
+        elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", text):
+            groups = groups[max(0, len(groups) - 1 - int(wait[1], 16)) :]
+        elif numbers:
+            opcode = text.split()[0]
+            width = 4 if re.search(r"\.(128|4)\b", opcode) else 2 if re.search(r"\.(64|2|WIDE)\b", opcode) else 1
+            writes = not opcode.startswith(("ST", "LDGSTS", "SYNCS", "UTMA", "RED"))
+            written = set(range(numbers[0], numbers[0] + width)) if writes else set()
+            for operands_of, sums_of in itertools.chain.from_iterable(groups):
+                if written & operands_of or (written | set(numbers)) & sums_of:
+                    found.append(text)
+    return found
 
 
 def _main_loops(code: Sequence[str], backward: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -34,7 +34,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import pathlib
 import re
 import signal
@@ -47,7 +46,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import floors, harness, static_cost
-from benchmarks.compile_only import SHARED_MEMORY_BYTES, Launch, compile_only
+from benchmarks.compile_only import SHARED_MEMORY_BYTES, Launch, compile_only, touched_in_flight
 from qkernels import ops, tables, tune
 from qkernels.checks import check_activation, check_weight
 from qkernels.scheme import Scheme
@@ -171,38 +170,9 @@ def _figures(launch: Launch, rows: int) -> Figures:
             collections.Counter(int(n, 16) for n in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", "\n".join(loop)))
             for loop in sass.loops
         ],
-        touched=[len(touched(loop)) for loop in sass.loops],
+        touched=[len(touched_in_flight(loop)) for loop in sass.loops],
         unguarded_releases=sum(map(unguarded_releases, sass.loops)),
     )
-
-
-def touched(loop: Sequence[str]) -> list[str]:
-    """Instructions of a loop that write an operand of a wgmma that may be in flight, or touch its sums.
-
-    The loop is walked twice, as a wgmma may stay in flight from one round to the next. A wgmma that ends a group says
-    `gsb0`, and a wait says how many groups may go on.
-    """
-    groups: list[list[tuple[set[int], set[int]]]] = [[]]  # (operands, sums) of each wgmma; the last group is open
-    found = []
-    for text in itertools.chain(loop, loop):
-        text = re.sub(r"^@!?U?P\w+\s+", "", text)
-        numbers = [int(n) for n in re.findall(r"\bR(\d+)", text)]
-        if mma := re.match(r"HGMMA\.\d+x(\d+)x\S+ R(\d+), R(\d+)", text):
-            tokens, sums, operands = map(int, mma.groups())
-            groups[-1].append((set(range(operands, operands + 4)), set(range(sums, sums + tokens // 2))))
-            if "gsb0" in text:
-                groups.append([])
-        elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", text):
-            groups = groups[max(0, len(groups) - 1 - int(wait[1], 16)) :]
-        elif numbers:
-            opcode = text.split()[0]
-            width = 4 if re.search(r"\.(128|4)\b", opcode) else 2 if re.search(r"\.(64|2|WIDE)\b", opcode) else 1
-            writes = not opcode.startswith(("ST", "SYNCS", "UTMA", "RED"))
-            written = set(range(numbers[0], numbers[0] + width)) if writes else set()
-            for operands_of, sums_of in itertools.chain.from_iterable(groups):
-                if written & operands_of or (written | set(numbers)) & sums_of:
-                    found.append(text)
-    return found
 
 
 def unguarded_releases(loop: Sequence[str]) -> int:

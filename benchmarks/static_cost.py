@@ -33,7 +33,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.compile_only import SHARED_MEMORY_BYTES, compile_only, resident_programs
+from benchmarks.compile_only import SHARED_MEMORY_BYTES, compile_only, resident_programs, touched_in_flight
 from benchmarks.floors import weight_bytes
 from qkernels import dispatch_int8, packing
 from qkernels.scheme import Scheme
@@ -121,6 +121,7 @@ class Cost:
     seconds: dict[str, float]  # for a weight of the whole problem: of "memory", "issue" and, of matmul, "MMA"
     opcodes: collections.Counter[str]  # of the whole kernel, by stem
     accesses: collections.Counter[str]  # to global memory in the whole kernel, with their width: "LDG.E.128", ...
+    touched_in_flight: int  # instructions of main loops that touch registers of a wgmma that may be in flight
     ptx: str = dataclasses.field(repr=False)
 
     @property
@@ -168,6 +169,7 @@ def cost(problem: Problem) -> Cost:
         seconds=_seconds(problem, scheme, per_weight, block_m),
         opcodes=sass.opcodes,
         accesses=sass.accesses,
+        touched_in_flight=sum(len(touched_in_flight(loop)) for loop in sass.loops),
         ptx=launch.ptx,
     )
 

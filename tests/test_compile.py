@@ -6,6 +6,7 @@ most pairs. `python -m benchmarks.static_cost --all` compiles every scheme, for 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from benchmarks import static_cost
-from benchmarks.compile_only import SHARED_MEMORY_BYTES, resident_programs
+from benchmarks.compile_only import SHARED_MEMORY_BYTES, resident_programs, touched_in_flight
 from benchmarks.static_cost import TARGETS, Cost, Problem
 from qkernels.scheme import Scheme
 from qkernels.tuning.configs import MatmulConfig
@@ -33,6 +34,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 def _check(problem: Problem, cost: Cost) -> None:
     assert cost.stack_bytes <= static_cost.spill_budget(problem), f"{problem} spills {cost.stack_bytes} bytes"
     assert cost.shared_bytes <= SHARED_MEMORY_BYTES[problem.capability], f"{problem}: {cost.shared_bytes}"
+    assert cost.touched_in_flight == 0, f"{problem}: {cost.touched_in_flight} race with a wgmma"
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -66,6 +68,41 @@ def test_products_of_codes(target: int, pool: ProcessPoolExecutor) -> None:
         assert cost.mma > 0, f"{problem} has no tensor-core instruction: {cost.opcodes}"
         if "c" in problem.scheme:  # the oracle's bits
             assert not re.search(r"\bfma\.rn\.f32", cost.ptx), problem
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+def test_registers_of_wgmmas_in_flight_are_left_alone(warps: int, pool: ProcessPoolExecutor) -> None:
+    """Weights are operands in registers there, which compilers have been known to reuse too early."""
+    config = MatmulConfig(block_m=64, block_n=128, blocks=1, splits=1, num_warps=warps, num_stages=3, max_registers=255)
+    problems = [
+        Problem("matmul", scheme, 90, "bfloat16", tokens=256, config=dataclasses.replace(config, block_m=block_m))
+        for scheme, block_m in (
+            ("w4g128", 64), ("w4g128", 16), ("w8g128", 32), ("w4g64s", 128), ("w3g32f", 64), ("w8cs", 64),
+            ("w8cs-a8s", 128), ("w8c-a8", 64), ("w4cs-a8s", 16), ("w4g128-a8s", 64), ("w8g32-a8", 32),
+        )
+    ]  # fmt: skip
+    for problem, cost in zip(problems, pool.map(static_cost.cost, problems), strict=True):
+        assert cost.opcodes["HGMMA"] + cost.opcodes["IGMMA"] > 0, f"{problem}: {cost.opcodes}"
+        assert cost.touched_in_flight == 0, problem
+
+
+@pytest.mark.parametrize("kind", ["HGMMA.64x16x16.F32.BF16", "IGMMA.64x16x32.S8.S8"])
+def test_a_register_touched_in_flight_is_found(kind: str) -> None:
+    def loop(*between: str) -> list[str]:
+        mma = f"{kind} R24, R40, gdesc[UR8], R24, gsb0"
+        return [mma, *between, "WARPGROUP.DEPBAR.LE gsb0, 0x1", mma.replace("R40", "R44"), "WARPGROUP.ARRIVE"]
+
+    assert touched_in_flight(loop("MOV R39, R40", "STS.128 [R2], R40", "IADD3 R48, R39, R47, RZ")) == []
+    assert touched_in_flight(loop("LDGSTS.E.BYPASS.128 [R23], desc[UR10][R14.64], !P0")) == []
+    for text in ("MOV R40, R2", "@!P1 LDS.64 R42, [R2]", "LDS.128 R37, [R2]", "IADD3 R2, R31, R3, RZ", "MOV R24, R2"):
+        assert text.split()[-1] in "".join(touched_in_flight(loop(text))), text
+    # The second is in flight until the next round's wait.
+    assert touched_in_flight(loop("MOV R44, R2")) == ["MOV R44, R2"]
+    waited = [*loop(), "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MOV R44, R24"]
+    assert touched_in_flight(waited) == []
+    shared = f"{kind} R24, gdesc[UR8], R24, gsb0"
+    assert touched_in_flight([shared, shared, "MOV R40, R2"]) == []
+    assert set(touched_in_flight([shared, "MOV R24, R2"])) == {"MOV R24, R2"}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -41,20 +41,6 @@ def test_machine_code(name: str, figures: dict[str, Future[Figures]]) -> None:
     assert 2 < found.instructions_per_weight < 4
 
 
-def test_a_touched_register_is_found() -> None:
-    def loop(*between: str) -> list[str]:
-        mma = "HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR8], R24, gsb0"
-        return [mma, *between, "WARPGROUP.DEPBAR.LE gsb0, 0x1", mma.replace("R40", "R44"), "WARPGROUP.ARRIVE"]
-
-    assert gluon_matmul.touched(loop("MOV R39, R40", "STS.128 [R2], R40", "IADD3 R48, R39, R47, RZ")) == []
-    for text in ("MOV R40, R2", "@!P1 LDS.64 R42, [R2]", "LDS.128 R37, [R2]", "IADD3 R2, R31, R3, RZ", "MOV R24, R2"):
-        assert text.split()[-1] in "".join(gluon_matmul.touched(loop(text))), text
-    # The second is in flight until the next round's wait.
-    assert gluon_matmul.touched(loop("MOV R44, R2")) == ["MOV R44, R2"]
-    waited = [*loop(), "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MOV R44, R24"]
-    assert gluon_matmul.touched(waited) == []
-
-
 def test_a_release_without_a_barrier_is_found() -> None:
     arrive = "@!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R164+UR7], RZ"
     barrier = "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80"
