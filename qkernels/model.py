@@ -52,7 +52,7 @@ def quantize_model(
     progress: bool = True,
 ) -> QuantizationReport:
     """Replace every nn.Linear by a QuantLinear, in place, one at a time: peak memory is the model plus one layer, or
-    with `smooth`, `distill` or `fallback` plus all codes.
+    with `smooth`, `distill`, `fallback` or static ranges plus all codes.
 
     So are transformers' Conv1D (GPT-2) and, by a method that looks at each weight alone, the projections of fused
     experts: they become QuantExperts. Subclasses of nn.Linear, and output layers called lm_head unless you say
@@ -93,7 +93,8 @@ def quantize_model(
         fallback: the most, say 0.05, that quantized inputs may lose at a layer's output, on such batches: relative to a
             token's output, root mean square over tokens. A static range that loses more gives way to a scale for each
             token; where that loses more, too, the layer's inputs stay as they are. The report says where. Experts, and
-            layers that see no batch, keep their schemes; the report counts what was not measured. None: nowhere.
+            layers that see no batch, keep their schemes; the report counts what was not measured. None: nowhere; what
+            static ranges lose is in the report all the same.
         skip: patterns (as of fnmatch) of module names to leave alone.
         schemes: {pattern: scheme} for some layers, None to leave them alone; the first pattern that fits counts. It
             beats the default of `skip`, but not a `skip` of yours; and it beats a Plan.

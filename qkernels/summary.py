@@ -132,10 +132,13 @@ class QuantizationReport:
         )
         if count := sum(layer.inputs_left for layer in self.layers):
             title += f"; inputs of {count} not quantized"
-        measured = any(layer.activation_error is not None for layer in self.layers)
-        unknown = sum(layer.activation_error is None and layer.inputs_quantized for layer in self.layers)
-        if measured and unknown:
-            title += f"; inputs of {unknown} quantized, and not measured"
+        coded = [layer for layer in self.layers if layer.inputs_quantized]
+        measured = {layer.name: layer.activation_error for layer in coded if layer.activation_error is not None}
+        if measured:
+            worst = max(measured, key=lambda name: measured[name])
+            title += f"; quantized inputs lose {100 * measured[worst]:.3g} % of outputs at most, at {worst}"
+            if unknown := len(coded) - len(measured):
+                title += f"; inputs of {unknown} quantized, and not measured"
         if self.merged is not None:
             launch = {name: _together(names) for names in self.merged.groups for name in names}
             rows = [(*row[:3], launch.get(row[0], ""), *row[3:]) for row in rows]

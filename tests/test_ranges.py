@@ -428,6 +428,15 @@ def test_fallback_that_no_layer_asks_for() -> None:
     assert "not measured" not in str(report)
 
 
+def test_what_static_ranges_lose_is_told_all_the_same() -> None:
+    report = qkernels.quantize_model(_model(), "w8cs-a8ts", skip=["*.spare"], calibration=BATCHES, progress=False)
+    errors = {layer.name: layer.activation_error for layer in report.layers}
+    assert {layer.scheme for layer in report.layers} == {"w8cs-a8ts"}
+    worst = max(errors, key=lambda name: errors[name] or 0)
+    assert f"; quantized inputs lose {100 * errors[worst]:.3g} % of outputs at most, at {worst}\n" in str(report)  # type: ignore[operator]
+    assert len(set(errors.values())) == len(errors)
+
+
 def test_smoothing_where_no_linear_is_left() -> None:
     model = nn.Sequential(nn.Embedding(8, 64), _Attention())
     with pytest.raises(ValueError, match="smooth='smoothquant' is for Linears: none is left to quantize"):

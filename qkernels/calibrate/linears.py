@@ -81,11 +81,16 @@ def quantized_linears(
     """
     importance, ranges = _observed(model, plan, batches, choice)
     found = _attached(plan, _weights(model, plan, batches, importance, choice), ranges)
-    if choice.fallback is None or all(scheme.activations is None for _, scheme in plan.values()):
+    schemes = [scheme for _, scheme in plan.values()]
+    if any(scheme.is_static for scheme in schemes):
+        most = math.inf if choice.fallback is None else choice.fallback  # what static ranges lose is always told
+    elif choice.fallback is not None and any(scheme.activations is not None for scheme in schemes):
+        most = choice.fallback
+    else:
         yield from found
         return
     assert batches is not None
-    yield from _within(choice.fallback, model, plan, dict(found), batches)
+    yield from _within(most, model, plan, dict(found), batches)
 
 
 def _observed(
