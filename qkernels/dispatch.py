@@ -21,6 +21,8 @@ from qkernels.tuning import choose
 from qkernels.tuning.configs import DenseConfig, MatmulConfig
 from qkernels.tuning.devices import device_of
 
+# Of a product of codes: codes, their scale and zero, then packed, scale, zero and bias of a weight.
+Operands = tuple[Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", "Tensor | None"]
 # (x, packed, scale, zero, bias) -> y, for tensors of one kind; with static activations, their scale and zero come last
 Call = Callable[..., Tensor]
 
@@ -79,12 +81,11 @@ def matmul_codes(
         None if zero is None else (zero.shape, zero.stride(), zero.dtype, zero.get_device()),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
     )  # fmt: skip
+    operands = codes, x_scale, x_zero, packed, scale, zero, bias
     call = _calls.get(kind)
     if call is None:
-        call = _remember(
-            kind, _decide_codes(codes, x_scale, x_zero, packed, scale, zero, bias, scheme, in_features, dtype)
-        )
-    return call(codes, x_scale, x_zero, packed, scale, zero, bias)
+        call = _remember(kind, _decide_codes(operands, scheme, in_features, dtype))
+    return call(*operands)
 
 
 def _remember(kind: tuple[Any, ...], call: Call) -> Call:
@@ -162,30 +163,19 @@ def _of_codes(
     return call
 
 
-def _decide_codes(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Call:
+def _decide_codes(operands: Operands, scheme: str, in_features: int, dtype: torch.dtype) -> Call:
+    codes, x_scale, x_zero, packed, scale, zero, bias = operands
     parsed = check_weight(packed, scale, zero, scheme, in_features)
     check_codes(codes, x_scale, x_zero, packed, bias, parsed, in_features, dtype)
-    given = codes, x_scale, x_zero, packed, scale, zero, bias
     if codes.numel() == 0 or packed.numel() == 0:
         return functools.partial(dispatch_int8.multiplied_oracle, scheme=parsed, in_features=in_features, dtype=dtype)
     device = device_of(codes.get_device())
     config = choose.matmul(x_scale.numel(), packed.shape[0], in_features, parsed, dtype, device)
-    regular = _regular_codes(*given)
+    regular = _regular_codes(operands)
     product = dispatch_int8.product(codes.shape, *regular[3:], parsed, in_features, dtype, config)
-    if all(a is b for a, b in zip(regular, given, strict=True)):
+    if all(a is b for a, b in zip(regular, operands, strict=True)):
         return product
-    return lambda *tensors: product(*_regular_codes(*tensors))
+    return lambda *tensors: product(*_regular_codes(tensors))
 
 
 def _empty(
@@ -207,18 +197,11 @@ def _regular(
     return dispatch_int8.regular_tokens(x), *regular_weight(packed, scale, zero, bias)
 
 
-def _regular_codes(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+def _regular_codes(operands: Operands) -> Operands:
     """Likewise, of codes: all dense."""
+    codes, x_scale, x_zero = operands[:3]
     tokens = codes.contiguous(), x_scale.contiguous(), None if x_zero is None else x_zero.contiguous()
-    return *tokens, *regular_weight(packed, scale, zero, bias)
+    return *tokens, *regular_weight(*operands[3:])
 
 
 def regular_weight(
