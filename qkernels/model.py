@@ -52,7 +52,7 @@ def quantize_model(
     progress: bool = True,
 ) -> QuantizationReport:
     """Replace every nn.Linear by a QuantLinear, in place, one at a time: peak memory is the model plus one layer, or
-    with `smooth`, `distill`, `fallback` or static ranges plus all codes.
+    with `smooth` or `distill` plus all codes.
 
     So are transformers' Conv1D (GPT-2) and, by a method that looks at each weight alone, the projections of fused
     experts: they become QuantExperts. Subclasses of nn.Linear, and output layers called lm_head unless you say

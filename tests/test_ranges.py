@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 import weakref
@@ -372,7 +371,7 @@ def test_only_the_layer_that_was_made_bad_keeps_its_inputs(scheme: str) -> None:
         assert layer.inputs_left == bad
         assert layer.method == ("search (inputs not quantized)" if bad else "search")
         assert (quantized.weight_activation is not None) == (not bad and "t" in scheme)
-        x, w = _inputs(original, BATCHES, layer.name), quantized.qweight.dequantize()
+        x, w = _inputs(original, BATCHES, layer.name), original.get_submodule(layer.name).weight.detach()
         how = Scheme.parse(scheme).activations if not bad else Scheme.parse(scheme).dynamic.activations  # tried last
         assert how is not None
         activation = static_activation(Histogram.of(x), how, "minmax") if how.static else None
@@ -410,13 +409,14 @@ def test_a_static_range_that_loses_too_much_gives_way_to_a_scale_for_each_token(
         assert layer.scheme == str(quantized.scheme) == ("w8cs-a8s" if changed else "w8cs-a8ts")
         assert layer.method == ("search (inputs dynamic)" if changed else "search")
         assert (quantized.weight_activation is None) == changed
-        kept = activation_errors(original, {layer.name: (linear, quantized.qweight)}, batches)[layer.name]
+        kept = activation_errors(
+            original, {layer.name: (linear, quantized.scheme, quantized.weight_activation)}, batches
+        )[layer.name]
         assert layer.activation_error == pytest.approx(kept, rel=1e-6)
         assert kept < 0.2
         activation = static_activation(Histogram.of(_inputs(original, batches, layer.name)), SYMMETRIC, "minmax")
-        static = dataclasses.replace(quantized.qweight, scheme=Scheme.parse("w8cs-a8ts"), activation=activation)
-        lost = activation_errors(original, {layer.name: (linear, static)}, batches)[layer.name]
-        assert (lost > 0.2) == changed
+        lost = activation_errors(original, {layer.name: (linear, Scheme.parse("w8cs-a8ts"), activation)}, batches)
+        assert (lost[layer.name] > 0.2) == changed
 
 
 def test_fallback_that_no_layer_asks_for() -> None:
@@ -457,13 +457,12 @@ def test_layers_that_are_not_measured_are_counted() -> None:
 def test_a_loud_token_does_not_hide_what_others_lose() -> None:
     model, loud = _model(), BATCHES[0].clone()
     loud[0, 0] *= 1e6
-    w = qkernels.quantize(model[0].q_proj.weight.detach(), "w8cs")
     activation = torch.tensor([float(loud.abs().max()) / 127, 0.0])  # of which all others become 0
-    q = dataclasses.replace(w, scheme=Scheme.parse("w8cs-a8ts"), activation=activation)
-    found = activation_errors(model, {"0.q_proj": (model[0].q_proj, q)}, [loud])["0.q_proj"]
+    layers = {"0.q_proj": (model[0].q_proj, Scheme.parse("w8cs-a8ts"), activation)}
+    found = activation_errors(model, layers, [loud])["0.q_proj"]
     assert found == pytest.approx(math.sqrt(17 / 18), rel=1e-4)
     nothing = torch.zeros(1, 3, 64)  # loses nothing, and is no division by 0
-    found = activation_errors(model, {"0.q_proj": (model[0].q_proj, q)}, [loud, nothing])["0.q_proj"]
+    found = activation_errors(model, layers, [loud, nothing])["0.q_proj"]
     assert found == pytest.approx(math.sqrt(17 / 21), rel=1e-4)
 
 
@@ -472,19 +471,18 @@ def test_no_token_loses_more_than_all() -> None:
     with torch.no_grad():
         model[0].q_proj.weight.fill_(1.0)
     x = torch.tensor([0.77, 0.77, 0.7601, -2.3]).repeat(16)[None, None]  # nearly cancels, as its codes do not
-    q = dataclasses.replace(qkernels.quantize(model[0].q_proj.weight.detach(), "w8cs"), scheme=Scheme.parse("w8cs-a8s"))
-    assert activation_errors(model, {"0.q_proj": (model[0].q_proj, q)}, [x])["0.q_proj"] == 1
+    layers = {"0.q_proj": (model[0].q_proj, Scheme.parse("w8a8"), None)}
+    assert activation_errors(model, layers, [x])["0.q_proj"] == 1
 
 
 def test_errors_add_up_over_batches() -> None:
-    model = _model()
-    q = qkernels.quantize(model[0].q_proj.weight.detach(), "w8a8")
-    layers = {"0.q_proj": (model[0].q_proj, q)}
+    model, scheme = _model(), Scheme.parse("w8a8")
+    layers = {"0.q_proj": (model[0].q_proj, scheme, None)}
     whole = activation_errors(model, layers, [torch.cat(BATCHES)])
     assert activation_errors(model, layers, BATCHES)["0.q_proj"] == pytest.approx(whole["0.q_proj"], rel=1e-6)
-    weight_only = (model[0].k_proj, qkernels.quantize(model[0].k_proj.weight.detach(), "w8cs"))
+    weight_only = (model[0].k_proj, scheme.weight_only, None)
     assert set(activation_errors(model, {**layers, "0.k_proj": weight_only}, BATCHES)) == {"0.q_proj"}
-    unseen = (model[0].spare, qkernels.quantize(model[0].spare.weight.detach(), "w8a8"))
+    unseen = (model[0].spare, scheme, None)
     assert set(activation_errors(model, {**layers, "0.spare": unseen}, BATCHES)) == {"0.q_proj"}
 
 

@@ -57,6 +57,23 @@ class Chosen:
     activation_error: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """How the inputs of a Linear are quantized.
+
+    Attributes:
+        scheme: of the Linear, weight and all.
+        activation: (2,) float32, scale and zero of inputs where they are static; else None.
+        note: what to add to the method's name in the report.
+        error: as Chosen.activation_error.
+    """
+
+    scheme: Scheme
+    activation: Tensor | None = None
+    note: str = ""
+    error: float | None = None
+
+
 def method_for(method: str | None, scheme: Scheme, weighted: bool) -> tuple[str, str]:
     """(method, what to add to its name in the report) for one layer."""
     blind = "" if weighted else " (inputs unknown)"
@@ -80,17 +97,12 @@ def quantized_linears(
         CalibrationError: batches are none or empty, the model fails on one, or inputs of a layer are not finite.
     """
     importance, ranges = _observed(model, plan, batches, choice)
-    found = _attached(plan, _weights(model, plan, batches, importance, choice), ranges)
-    schemes = [scheme for _, scheme in plan.values()]
-    if any(scheme.is_static for scheme in schemes):
-        most = math.inf if choice.fallback is None else choice.fallback  # what static ranges lose is always told
-    elif choice.fallback is not None and any(scheme.activations is not None for scheme in schemes):
-        most = choice.fallback
-    else:
-        yield from found
-        return
-    assert batches is not None
-    yield from _within(most, model, plan, dict(found), batches)
+    inputs = _inputs(model, plan, batches, ranges, choice.fallback)
+    for name, weight, method in _weights(model, plan, batches, importance, choice):
+        own = inputs[name]
+        activation = None if own.activation is None else own.activation.to(weight.device)
+        weight = dataclasses.replace(weight, scheme=own.scheme, activation=activation)
+        yield name, Chosen(weight, method + own.note, own.error)
 
 
 def _observed(
@@ -158,50 +170,49 @@ def _each(plan: LinearPlan, importance: Mapping[str, Tensor], choice: Choice) ->
         del linear
 
 
-def _attached(
-    plan: LinearPlan, weights: Iterable[tuple[str, QTensor, str]], ranges: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Chosen]]:
-    """Weights with the whole schemes of their layers: dynamic where no range was found."""
-    for name, weight, method in weights:
-        scheme, activation = plan[name][1], ranges.get(name)
-        if activation is None and scheme.is_static:
-            scheme, method = scheme.dynamic, f"{method} (inputs never seen, or zero: dynamic)"
-        activation = None if activation is None else activation.to(weight.device)
-        yield name, Chosen(dataclasses.replace(weight, scheme=scheme, activation=activation), method)
+def _inputs(
+    model: nn.Module,
+    plan: LinearPlan,
+    batches: Iterable[Batch] | None,
+    ranges: Mapping[str, Tensor],
+    fallback: float | None,
+) -> dict[str, _Inputs]:
+    """How inputs of each layer are quantized, so that they lose no more than `fallback`: static, dynamic or not at all.
 
+    Without fallback what static ranges lose is measured all the same.
+    """
+    found = {}
+    for name, (_, scheme) in plan.items():
+        own = _Inputs(scheme, ranges.get(name))
+        if scheme.is_static and own.activation is None:
+            own = _Inputs(scheme.dynamic, note=" (inputs never seen, or zero: dynamic)")
+        found[name] = own
+    if not any(scheme.is_static or (fallback is not None and scheme.activations) for _, scheme in plan.values()):
+        return found
+    assert batches is not None
+    most = math.inf if fallback is None else fallback
 
-def _within(
-    most: float, model: nn.Module, plan: LinearPlan, found: Mapping[str, Chosen], batches: Iterable[Batch]
-) -> Iterator[tuple[str, Chosen]]:
-    """The same, with inputs that lose at most so much: static ones that lose more become dynamic, if that will do."""
+    def measured(layers: Mapping[str, _Inputs]) -> dict[str, _Inputs]:
+        errors = activation_errors(model, {n: (plan[n][0], i.scheme, i.activation) for n, i in layers.items()}, batches)
+        return {name: dataclasses.replace(own, error=errors.get(name)) for name, own in layers.items()}
 
-    def measured(layers: Mapping[str, Chosen]) -> dict[str, float]:
-        return activation_errors(model, {name: (plan[name][0], one.weight) for name, one in layers.items()}, batches)
+    def lossy(own: _Inputs) -> bool:
+        return own.error is not None and own.error > most
 
-    errors = measured(found)
-    lossy = {name: one for name, one in found.items() if one.weight.scheme.is_static and errors.get(name, 0.0) > most}
-    dynamic = {name: _with_inputs(one, one.weight.scheme.dynamic, "dynamic") for name, one in lossy.items()}
-    if dynamic:
-        errors |= measured(dynamic)
-    for name, one in found.items():
-        error = errors.get(name)
-        if error is not None and error > most:
-            chosen = _with_inputs(one, one.weight.scheme.weight_only, "not quantized")
-        else:
-            chosen = dynamic.get(name, one)
-        yield name, dataclasses.replace(chosen, activation_error=error)
-
-
-def _with_inputs(one: Chosen, scheme: Scheme, what: str) -> Chosen:
-    """The same codes, and another scheme for inputs, without a static range."""
-    weight = dataclasses.replace(one.weight, scheme=scheme, activation=None)
-    return dataclasses.replace(one, weight=weight, method=f"{one.method} (inputs {what})")
+    found = measured(found)
+    static = [name for name, own in found.items() if own.scheme.is_static and lossy(own)]
+    if static:
+        found |= measured({name: _Inputs(plan[name][1].dynamic, note=" (inputs dynamic)") for name in static})
+    for name, own in found.items():
+        if lossy(own):
+            found[name] = _Inputs(plan[name][1].weight_only, note=" (inputs not quantized)", error=own.error)
+    return found
 
 
 def activation_errors(
-    model: nn.Module, layers: Mapping[str, tuple[nn.Linear, QTensor]], batches: Iterable[Batch]
+    model: nn.Module, layers: Mapping[str, tuple[nn.Linear, Scheme, Tensor | None]], batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """{name: what a token's output loses} of layers whose inputs x become x^, with W the quantized weight.
+    """{name: what a token's output loses} of layers whose inputs x become x^; weights W are not quantized yet.
 
     The root mean square, over tokens, of ||(x^ - x) W^T|| / ||x W^T||, which counts as 1 where it is more. Each token
     for itself: with one sum over all, a few tokens that are far larger than the others would hide what those lose.
@@ -213,10 +224,12 @@ def activation_errors(
     sums: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
-        _, q = layers[name]
-        assert q.scheme.activations is not None
-        x, w = x.to(q.device), q.dequantize()
-        code = reference_int8.quantize_activations(x, q.scheme.activations, q.activation)
+        linear, scheme, activation = layers[name]
+        assert scheme.activations is not None
+        w = linear.weight.detach().float()
+        x = x.to(w.device)
+        activation = None if activation is None else activation.to(w.device)
+        code = reference_int8.quantize_activations(x, scheme.activations, activation)
         lost = reference_int8.dequantize_activations(*code) - x
         signal, noise = ((each @ w.T).double().square().sum(1) for each in (x, lost))
         share = torch.where(noise < signal, noise / signal, (noise > 0).double())
@@ -224,7 +237,7 @@ def activation_errors(
         found = torch.stack([share.sum(), share.new_tensor(len(share))])
         sums[name] = sums[name] + found if name in sums else found
 
-    watched = {name: linear for name, (linear, q) in layers.items() if q.scheme.activations is not None}
+    watched = {name: linear for name, (linear, scheme, _) in layers.items() if scheme.activations is not None}
     watch(model, watched, batches, [see])
     errors = {}
     for name, found in sums.items():
