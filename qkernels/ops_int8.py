@@ -4,8 +4,8 @@
     qkernels::matmul_codes          codes, their scale and zero, packed,  -> y (..., N)
 
 CPU is the oracle of reference_int8.py; CUDA is Triton. `zero` of symmetric activations is None as an argument and an
-empty tensor as a result. qkernels::matmul is both in one, and has a gradient; these have none.
-Under autocast they take and give what it does.
+empty tensor as a result. qkernels::matmul is both in one, and has a gradient; these have none. Under autocast they take
+and give what it does.
 """
 
 from __future__ import annotations

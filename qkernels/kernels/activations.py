@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkernels import packing
-from qkernels.kernels.launch import Launch
+from qkernels.kernels.launch import Launch, token_stride
 from qkernels.kernels.rounding import round_half_even
 from qkernels.reference_int8 import SMALLEST_RANGE
 from qkernels.scheme import Scheme
@@ -202,8 +202,7 @@ def prepare(
     assert how is not None
     *outer, K = shape
     words = packing.activation_words(scheme.bits, K)
-    # Of more dimensions those of size 1 may have any stride, and x is contiguous all the same.
-    numbers: tuple[float, ...] = (K, words, stride[0] if len(outer) == 1 else K, eps)
+    numbers: tuple[float, ...] = (K, words, token_stride(shape, stride), eps)
     constants = {
         "LANES": packing.block_columns(scheme.bits) // 4,
         "LEVELS": how.levels,

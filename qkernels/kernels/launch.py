@@ -91,6 +91,14 @@ _enter_hooks = triton.knobs.runtime.launch_enter_hook  # of profilers, which wan
 _exit_hooks = triton.knobs.runtime.launch_exit_hook
 
 
+def token_stride(shape: torch.Size, stride: tuple[int, ...]) -> int:
+    """Elements from one token of x (..., K) to the next: contiguous, or 2-D with inner stride 1.
+
+    Of more dimensions those of size 1 may have any stride, and x is contiguous all the same.
+    """
+    return stride[0] if len(shape) == 2 else shape[-1]
+
+
 def group_strides(scale: Tensor) -> tuple[int, int]:
     """(group stride, row stride) of scales in elements; a scale that all rows share has row stride 0."""
     return scale.stride(0), scale.stride(1) if scale.shape[1] > 1 else 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qkernels import packing
 from qkernels.kernels import reduce
-from qkernels.kernels.launch import Launch, group_strides, has_ptx, program_of
+from qkernels.kernels.launch import Launch, group_strides, has_ptx, program_of, token_stride
 from qkernels.kernels.unpack import (
     block_slots,
     lane_bits,
@@ -236,8 +236,7 @@ def prepare(
     steps = K // step
     split_steps = max(1, -(-steps // config.splits))
     splits = max(1, -(-steps // split_steps))  # none is empty
-    # Of more dimensions those of size 1 may have any stride, and x is contiguous all the same.
-    numbers = (M, N, K, split_steps, x.stride(0) if x.dim() == 2 else K, packed.stride(0), *group_strides(scale))
+    numbers = (M, N, K, split_steps, token_stride(x.shape, x.stride()), packed.stride(0), *group_strides(scale))
     constants = {
         "BITS": scheme.bits,
         "GROUP": 0 if scale.shape[0] == 1 else scheme.group_length(K),
